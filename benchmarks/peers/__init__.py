@@ -1,0 +1,1 @@
+"""Peers, written from their published descriptions, for policies that cannot run here as published."""

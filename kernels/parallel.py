@@ -1,0 +1,40 @@
+"""Run a range kernel on threads.
+
+Kernels release the GIL and take a half-open range, so plain threads split the work. We do not use Numba's `prange`: its
+threading layer may not be entered from two threads at once (the feed gathers while the model aggregates), and
+compiling it takes ten times as long. The ranges depend only on `total` and `parts`, never on timing.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+
+@lru_cache(maxsize=8)
+def _pool(parts: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(parts, thread_name_prefix="penstock-kernel")
+
+
+def split(total: int, parts: int) -> list[tuple[int, int]]:
+    """Cut [0, total) into at most `parts` non-empty ranges of equal length, give or take one."""
+    parts = max(1, min(parts, total))
+    return [(total * n // parts, total * (n + 1) // parts) for n in range(parts)]
+
+
+def run_ranges(kernel: Callable[[int, int], object], ranges: list[tuple[int, int]]) -> None:
+    """Call `kernel(lo, hi)` for every range, all but the first on pool threads; the first error is raised."""
+    if len(ranges) == 1:
+        kernel(*ranges[0])
+        return
+    futures = [_pool(len(ranges)).submit(kernel, *bounds) for bounds in ranges[1:]]
+    try:
+        kernel(*ranges[0])
+    finally:
+        for future in futures:
+            future.result()
+
+
+def parallel_for(kernel: Callable[[int, int], object], total: int, threads: int) -> None:
+    """Call `kernel(lo, hi)` over equal parts of [0, total) on `threads` threads."""
+    if total > 0:
+        run_ranges(kernel, split(total, threads))

@@ -1,0 +1,103 @@
+"""Budgets in bytes: parse them, print them, derive defaults from the machine, measure against them."""
+
+import os
+import re
+from pathlib import Path
+
+import psutil
+
+from penstock.storage.errors import DoesNotFit
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
+_UNITS |= {f"{unit}IB": factor for unit, factor in _UNITS.items() if unit not in ("", "B")}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Read `4GiB`, `512M`, `1.5 GB` or a plain number; binary unless the unit is KB, MB, GB or TB.
+
+    Raises ValueError for anything else, and for negative sizes.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for example 512MiB, 4GiB or 1000000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Print a size with three significant digits in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} TiB"
+
+
+def _cgroup_limit() -> int:
+    """The memory limit of this process's container, or a huge number where there is none."""
+    limits = [1 << 62]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's limit."""
+    return min(int(psutil.virtual_memory().total), _cgroup_limit())
+
+
+def available_memory() -> int:
+    """Bytes of memory free now, within the container's limit."""
+    free = int(psutil.virtual_memory().available)
+    return min(free, max(0, _cgroup_limit() - int(psutil.Process().memory_info().rss)))
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free for us on the file system of `path` (or of its nearest existing parent)."""
+    while not path.exists():
+        path = path.parent
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+def num_threads() -> int:
+    """Cores this process may run on (affinity and container quota counted, not the machine's cores)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far (VmHWM), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * KIB
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak_rss() -> bool:
+    """Start a new peak measurement; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def require_free_disk(path: Path, num_bytes: int, purpose: str) -> None:
+    """Raise DoesNotFit unless `num_bytes` are free at `path`, before anything is written."""
+    free = free_disk(path)
+    if free < num_bytes:
+        raise DoesNotFit(
+            f"{purpose} needs {format_bytes(num_bytes)} at {path}, where {format_bytes(free)} are free; "
+            "free space or choose another folder"
+        )

@@ -1,0 +1,34 @@
+"""Errors that callers catch. Every message says what is wrong, the value, the limit and the remedy."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DataError(ValueError):
+    """The user's data is bad: out of range, not finite, of the wrong width, missing, unreadable."""
+
+
+class FormatError(DataError):
+    """A file of ours is not what its manifest says: another version, truncated, a wrong checksum."""
+
+
+class DoesNotFit(ValueError):
+    """A budget, or the disk, is too small. The message names the smallest that would do."""
+
+
+@contextmanager
+def full_disk_is_clear(path: Path) -> Iterator[None]:
+    """Turn a full disk into `DoesNotFit` that names `path`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DoesNotFit(
+                f"the disk is full while writing {path}: {error.strerror}; "
+                "free space there, lower --disk, or choose another folder; what was finished is kept"
+            ) from error
+        raise

@@ -1,0 +1,164 @@
+"""The graph store: topology, features, labels and splits of one graph, as a folder of `.npy` files.
+
+| file | dtype and shape | holds |
+|---|---|---|
+| `indptr.npy` | int64 [N+1] | CSC offsets: in-edges of node v are `indices[indptr[v]:indptr[v+1]]` |
+| `indices.npy` | int32 or int64 [E] | in-neighbours (edge sources), ascending within a node |
+| `features.npy` | row format, see `rows` [N, width] | node features |
+| `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 where unknown |
+| `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
+| `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
+| `original_ids.npy` or `original_ids.parquet` | int64 [N] or strings, optional | ids as the user wrote them; absent where they are 0..N-1 |
+
+Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from penstock.storage.errors import FormatError
+from penstock.storage.manifest import Manifest, read_manifest, validate_files
+from penstock.storage.npyfile import PAGE, open_npy
+from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
+
+FORMAT = "penstock/graph"
+VERSIONS = (1,)
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+def id_dtype(num_nodes: int) -> np.dtype[Any]:
+    """The smallest signed type that holds every node id of a graph of this size."""
+    return np.dtype(np.int32 if num_nodes < 2**31 else np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphMeta:
+    """What the manifest of a graph store says of the graph."""
+
+    num_nodes: int
+    num_edges: int
+    num_features: int
+    feature_dtype: RowDtype
+    num_classes: int
+    multi_label: bool
+    has_edge_weights: bool
+    original_ids: Literal["dense", "int64", "string"]
+    source: str
+
+
+class GraphStore:
+    """A published graph, memory-mapped; nothing is read until it is used."""
+
+    def __init__(self, path: Path, manifest: Manifest, meta: GraphMeta) -> None:
+        self.path, self.manifest, self.meta = path, manifest, meta
+        self.row_format = RowFormat(dtype=meta.feature_dtype, width=meta.num_features)
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.meta.num_nodes
+
+    @property
+    def num_edges(self) -> int:
+        """E."""
+        return self.meta.num_edges
+
+    @property
+    def feature_path(self) -> Path:
+        """The feature table; its rows start at byte `feature_offset`."""
+        return self.path / "features.npy"
+
+    @property
+    def feature_offset(self) -> int:
+        """Bytes of header before the first row: one page."""
+        return PAGE
+
+    @property
+    def feature_bytes(self) -> int:
+        """Size of all rows."""
+        return self.num_nodes * self.row_format.row_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the content: of the checksums in the manifest. Traces and packs record it."""
+        text = "".join(
+            f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name)
+        )
+        return str(xxhash.xxh3_64_hexdigest(text))
+
+    @cached_property
+    def indptr(self) -> NDArray[np.int64]:
+        """int64 [N+1]."""
+        return open_npy(self.path / "indptr.npy")
+
+    @cached_property
+    def indices(self) -> NDArray[Any]:
+        """int32 or int64 [E]."""
+        return open_npy(self.path / "indices.npy")
+
+    @cached_property
+    def features(self) -> NDArray[Any]:
+        """Rows [N, array_width] in the row format's dtype."""
+        return open_npy(self.feature_path)
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """int64 [N] with -1 for unknown, or uint8 [N, C]."""
+        return open_npy(self.path / "labels.npy")
+
+    @cached_property
+    def edge_weights(self) -> NDArray[np.float32] | None:
+        """float32 [E], or None."""
+        return open_npy(self.path / "edge_weights.npy") if self.meta.has_edge_weights else None
+
+    def split_ids(self, split: Split) -> NDArray[Any]:
+        """Ascending node ids of a split; empty where the graph has none."""
+        return open_npy(self.path / f"{split}_ids.npy")
+
+    def original_ids(self, lo: int, hi: int) -> Any:
+        """The user's ids of nodes lo..hi-1, as an int64 array or a list of strings."""
+        if self.meta.original_ids == "dense":
+            return np.arange(lo, hi, dtype=np.int64)
+        if self.meta.original_ids == "int64":
+            return open_npy(self.path / "original_ids.npy")[lo:hi]
+        return self._original_strings[lo:hi].to_pylist()
+
+    @cached_property
+    def _original_strings(self) -> Any:
+        return pq.read_table(self.path / "original_ids.parquet", memory_map=True).column("id")
+
+    def validate(self, *, checksums: bool = True) -> None:
+        """Check every file against the manifest; FormatError names the first that differs."""
+        validate_files(self.path, self.manifest, checksums=checksums)
+        if int(self.indptr[-1]) != self.num_edges or len(self.indptr) != self.num_nodes + 1:
+            raise FormatError(
+                f"{self.path}/indptr.npy has {len(self.indptr)} entries ending in {int(self.indptr[-1])}, the "
+                f"manifest says {self.num_nodes} nodes and {self.num_edges} edges; rebuild the store"
+            )
+
+
+def graph_manifest(meta: GraphMeta, files: tuple[Any, ...]) -> Manifest:
+    """Make the manifest that publishes a graph store."""
+    return Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=files)
+
+
+def open_graph(path: Path | str) -> GraphStore:
+    """Open a graph store; FormatError where the folder is not one, is incomplete or has files of other sizes."""
+    path = Path(path)
+    manifest = read_manifest(path, FORMAT, VERSIONS)
+    names = {field.name for field in fields(GraphMeta)}
+    if set(manifest.meta) != names:
+        raise FormatError(f"{path}: graph meta has keys {sorted(manifest.meta)}, wanted {sorted(names)}")
+    meta = GraphMeta(**manifest.meta)
+    if meta.feature_dtype not in ROW_DTYPES:
+        raise FormatError(f"{path}: feature dtype {meta.feature_dtype!r} is none of {ROW_DTYPES}")
+    validate_files(path, manifest, checksums=False)
+    return GraphStore(path, manifest, meta)

@@ -1,0 +1,152 @@
+"""Manifests: the one file that makes a folder a dataset.
+
+Layout of `manifest.json`: `{"format": "penstock/graph", "version": 1, "meta": {...}, "files": [{"name", "bytes",
+"dtype", "shape", "xxh3"}]}`. `format` and the integer `version` of the format are checked first, unknown keys are
+refused. It is written last: temporary file, fsync, rename, fsync of the folder.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from penstock.storage.errors import FormatError, full_disk_is_clear
+
+MANIFEST = "manifest.json"
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One payload file. `dtype` is NumPy's name or a tag of ours; `xxh3` is xxh3-64 of all bytes, in hex."""
+
+    name: str
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a folder holds. `meta` is JSON whose keys the owner of `format` checks."""
+
+    format: str
+    version: int
+    meta: dict[str, Any]
+    files: tuple[FileEntry, ...]
+
+    def file(self, name: str) -> FileEntry:
+        """Look a payload file up; FormatError where the manifest has none of that name."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise FormatError(
+            f"{self.format} manifest lists no file {name!r}; it has {[f.name for f in self.files]}"
+        )
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with full_disk_is_clear(path):
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, with sorted keys, so that equal values give equal bytes."""
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; FormatError where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{path} does not exist: the folder is not complete; run the step that writes it"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(
+            f"{path} cannot be read ({error}); it is damaged: delete the folder and rebuild it"
+        ) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish `folder`: its payload files must already be complete and synced."""
+    value = asdict(manifest)
+    value["files"] = [asdict(entry) for entry in sorted(manifest.files, key=lambda entry: entry.name)]
+    write_json(folder / MANIFEST, value)
+
+
+def read_manifest(folder: Path, format: str, versions: tuple[int, ...] = (1,)) -> Manifest:
+    """Read and check a manifest, strictly: format, version, keys, and that no file name leaves the folder."""
+    path = folder / MANIFEST
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != format:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise FormatError(f"{path} has format {found!r}, wanted {format!r}; point to the right folder")
+    if value.get("version") not in versions:
+        raise FormatError(
+            f"{path} has version {value.get('version')!r} of {format}; this release reads {list(versions)}: "
+            "use the release that wrote it, or rebuild the folder"
+        )
+    if set(value) != {"format", "version", "meta", "files"}:
+        raise FormatError(f"{path} has keys {sorted(value)}, wanted format, version, meta, files")
+    try:
+        files = tuple(FileEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["files"])
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{path}: a file entry is malformed ({error})") from error
+    for entry in files:
+        if Path(entry.name).is_absolute() or ".." in Path(entry.name).parts:
+            raise FormatError(f"{path}: file name {entry.name!r} leaves the folder")
+    return Manifest(format=format, version=value["version"], meta=value["meta"], files=files)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether `folder` has a manifest, so that its writer had finished."""
+    return (folder / MANIFEST).is_file()
+
+
+def checksum_file(path: Path) -> str:
+    """xxh3-64 of a whole file, in hex."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def validate_files(folder: Path, manifest: Manifest, *, checksums: bool = True) -> None:
+    """Compare every payload file with its entry; FormatError names the first that differs.
+
+    Sizes are always compared; `checksums` reads all bytes.
+    """
+    for entry in manifest.files:
+        path = folder / entry.name
+        if not path.is_file():
+            raise FormatError(f"{path} is missing; restore it or rebuild {folder}")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise FormatError(f"{path} has {size} bytes, its manifest says {entry.bytes}; rebuild {folder}")
+        if checksums and (found := checksum_file(path)) != entry.xxh3:
+            raise FormatError(
+                f"{path} has checksum {found}, its manifest says {entry.xxh3}; rebuild {folder}"
+            )

@@ -1,0 +1,111 @@
+"""`.npy` files whose header fills one page.
+
+NumPy pads a header with spaces; we pad it to 4096 bytes instead of 64. Every tool that reads `.npy` reads these, and the
+data starts on a page, so that O_DIRECT reads of it land on pages. Byte layout: magic and version (8), header length
+(uint16), Python dict literal, spaces, newline at byte 4095, then the array in C order, little-endian.
+"""
+
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from penstock.storage.errors import FormatError, full_disk_is_clear
+from penstock.storage.manifest import FileEntry
+
+PAGE = 4096
+
+
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Make the 4096-byte header of a little-endian C-order array."""
+    descr = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
+    literal = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    text = literal.ljust(PAGE - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("latin1")
+
+
+def open_npy(path: Path) -> NDArray[Any]:
+    """Map an array read-only. FormatError where the file is missing, damaged or shorter than its header says."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise FormatError(f"{path} cannot be mapped as .npy ({error}); rebuild its folder") from error
+    return array
+
+
+class NpyWriter:
+    """Write one array of known shape front to back, and checksum it on the way.
+
+    A context manager: leaving it without an error checks that all rows came, syncs, and makes `entry` available.
+    Not safe for several threads.
+    """
+
+    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.shape = path, np.dtype(dtype), tuple(int(n) for n in shape)
+        self._rows = 0
+        self._digest = xxhash.xxh3_64()
+        self.entry: FileEntry | None = None
+
+    def __enter__(self) -> "NpyWriter":
+        with full_disk_is_clear(self.path):
+            self._file = open(self.path, "wb", buffering=0)
+            self._write(npy_header(self.dtype, self.shape))
+        return self
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Add rows [n, *shape[1:]]; they are cast to the file's dtype only if that loses nothing of their kind."""
+        rows = np.ascontiguousarray(rows.astype(self.dtype, casting="same_kind", copy=False))
+        if rows.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"rows of shape {rows.shape[1:]} do not belong into {self.path} of {self.shape[1:]}"
+            )
+        self._rows += rows.shape[0]
+        self._write(memoryview(rows).cast("B") if rows.size else b"")
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        view = memoryview(data)
+        with full_disk_is_clear(self.path):
+            while view:  # a raw write may be short
+                view = view[self._file.write(view) :]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                return
+            if self._rows != self.shape[0]:
+                raise FormatError(f"{self.path} got {self._rows} rows of {self.shape[0]}")
+            with full_disk_is_clear(self.path):
+                os.fsync(self._file.fileno())
+            self.entry = FileEntry(
+                name=self.path.name,
+                bytes=self._file.tell(),
+                dtype=self.dtype.name,
+                shape=self.shape,
+                xxh3=str(self._digest.hexdigest()),
+            )
+        finally:
+            self._file.close()
+
+
+def write_npy(path: Path, array: NDArray[Any]) -> FileEntry:
+    """Write a whole array and return its manifest entry."""
+    with NpyWriter(path, array.dtype, array.shape) as writer:
+        writer.append(array)
+    assert writer.entry is not None
+    return writer.entry
+
+
+def npy_entry(path: Path, checksum: str) -> FileEntry:
+    """Make the manifest entry of a finished `.npy` whose checksum is already known."""
+    array = open_npy(path)
+    return FileEntry(
+        name=path.name, bytes=path.stat().st_size, dtype=array.dtype.name, shape=array.shape, xxh3=checksum
+    )

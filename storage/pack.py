@@ -1,0 +1,260 @@
+"""Packs: per window one file with one page-aligned extent per item, holding all that the trainer reads for it.
+
+A pack set is a folder with `packset.json` (written first: slots, row format, item counts, see `PackSetMeta`), per window
+`window-000000.pack`, `window-000000.residents.npy` and `window-000000.json` (its index, written last), and
+`manifest.json` once all windows are there (`reuse` mode only; `rolling` windows come and go).
+
+`residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
+Where packs are cycled, the last window also has `window-NNNNNN.wrap.npy`, int32 [2, n]: after its last item the row of
+host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0.
+
+Window file: [shared segment, padded to pages] [extent of item 0] [extent of item 1] ... Extent, little-endian:
+
+| bytes | content |
+|---|---|
+| int64[24] | see `ExtentHead`: sizes and offsets from the extent's start |
+| payload | the item, as in the trace (see `trace`) |
+| int32[M] `source` | where each input row is: c < D device slot c; c < D+H host slot c-D; else extent row c-D-H |
+| int32[n], int32[n] `admit_rows`, `admit_slots` | after the item's gather, extent row -> host slot, for the items to come |
+| int64[r, 2] `shared_runs` | page runs of the shared segment to read: first page, pages |
+| int64[s] `shared_offsets` | byte offset of each shared row within those runs laid end to end |
+| rows | the private missing rows, sorted by node id, `row_bytes` each, no gaps |
+
+Extent rows are numbered private rows first, then shared rows. Letters: M input nodes, D and H device and host slots.
+"""
+
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.storage.errors import FormatError
+from penstock.storage.manifest import MANIFEST, Manifest, read_json, read_manifest, write_json, write_manifest
+from penstock.storage.rows import RowFormat
+from penstock.storage.trace import Item, align, decode_item, window_name
+
+FORMAT = "penstock/pack"
+VERSIONS = (1,)
+MAGIC = 0x54584554_4B4E4550
+_HEAD_WORDS = 24
+PackMode = Literal["reuse", "rolling"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtentHead:
+    """The first words of an extent, in this order; the rest of the 24 are zero."""
+
+    magic: int = MAGIC
+    version: int = VERSIONS[-1]
+    item: int
+    extent_bytes: int
+    payload_offset: int
+    payload_bytes: int
+    source_offset: int
+    num_inputs: int
+    admit_offset: int
+    num_admits: int
+    runs_offset: int
+    num_runs: int
+    shared_offset: int
+    num_shared: int
+    rows_offset: int
+    num_rows: int
+    row_bytes: int
+
+
+def layout_extent(
+    *, item: int, payload_bytes: int, num_inputs: int, num_admits: int, num_runs: int, num_shared: int, num_rows: int,
+    row_bytes: int, page: int = 4096,
+) -> ExtentHead:  # fmt: skip
+    """Place the sections of an extent; `extent_bytes` is padded to whole pages."""
+    payload = align(8 * _HEAD_WORDS)
+    source = align(payload + payload_bytes)
+    admit = align(source + 4 * num_inputs)
+    runs = align(admit + 8 * num_admits)
+    shared = align(runs + 16 * num_runs)
+    rows = align(shared + 8 * num_shared)
+    return ExtentHead(
+        item=item,
+        extent_bytes=-(-(rows + num_rows * row_bytes) // page) * page,
+        payload_offset=payload,
+        payload_bytes=payload_bytes,
+        source_offset=source,
+        num_inputs=num_inputs,
+        admit_offset=admit,
+        num_admits=num_admits,
+        runs_offset=runs,
+        num_runs=num_runs,
+        shared_offset=shared,
+        num_shared=num_shared,
+        rows_offset=rows,
+        num_rows=num_rows,
+        row_bytes=row_bytes,
+    )
+
+
+def encode_extent_head(head: ExtentHead, out: NDArray[np.uint8]) -> None:
+    """Write the head into the first bytes of an extent."""
+    words = np.zeros(_HEAD_WORDS, "<i8")
+    values = astuple(head)
+    words[: len(values)] = values
+    out[: 8 * _HEAD_WORDS] = words.view(np.uint8)
+
+
+def decode_extent_head(extent: NDArray[np.uint8]) -> ExtentHead:
+    """Read the head; FormatError where the bytes are no extent or too few."""
+    words = extent[: 8 * _HEAD_WORDS].view("<i8").tolist()
+    if len(words) < _HEAD_WORDS or words[0] != MAGIC or words[1] not in VERSIONS:
+        raise FormatError("these bytes are no pack extent of a version this release reads; rebuild the packs")
+    head = ExtentHead(**dict(zip((field.name for field in fields(ExtentHead)), words, strict=False)))
+    if head.extent_bytes > len(extent):
+        raise FormatError(f"extent of item {head.item} is cut: {len(extent)} of {head.extent_bytes} bytes")
+    return head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """An extent as views of the bytes read. `rows` uint8 [num_rows, row_bytes] are the private missing rows."""
+
+    head: ExtentHead
+    item: Item
+    source: NDArray[np.int32]
+    admit_rows: NDArray[np.int32]
+    admit_slots: NDArray[np.int32]
+    shared_runs: NDArray[np.int64]
+    shared_offsets: NDArray[np.int64]
+    rows: NDArray[np.uint8]
+
+
+def extent_sections(extent: NDArray[np.uint8], head: ExtentHead) -> Extent:
+    """View the sections of an extent whose payload is already in place."""
+    admits = extent[head.admit_offset : head.admit_offset + 8 * head.num_admits].view("<i4").reshape(2, -1)
+    rows = extent[head.rows_offset : head.rows_offset + head.num_rows * head.row_bytes]
+    return Extent(
+        head=head,
+        item=decode_item(extent[head.payload_offset : head.payload_offset + head.payload_bytes]),
+        source=extent[head.source_offset : head.source_offset + 4 * head.num_inputs].view("<i4"),
+        admit_rows=admits[0],
+        admit_slots=admits[1],
+        shared_runs=extent[head.runs_offset : head.runs_offset + 16 * head.num_runs]
+        .view("<i8")
+        .reshape(-1, 2),
+        shared_offsets=extent[head.shared_offset : head.shared_offset + 8 * head.num_shared].view("<i8"),
+        rows=rows.reshape(head.num_rows, head.row_bytes),
+    )
+
+
+def decode_extent(extent: NDArray[np.uint8]) -> Extent:
+    """View the bytes of a whole extent; nothing is copied."""
+    return extent_sections(extent, decode_extent_head(extent))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackSetMeta:
+    """What all windows of a pack set share.
+
+    `trace` is the digest of the trace's meta that the packs were built from, `policy` the planner's;
+    `max_extent_bytes` includes the shared pages an item reads, and is 0 where it is not known (`rolling`).
+    """
+
+    graph: str
+    trace: str
+    mode: PackMode
+    policy: str
+    row_dtype: str
+    width: int
+    num_nodes: int
+    device_slots: int
+    host_slots: int
+    window_items: int
+    items_per_epoch: int
+    num_items: int
+    max_extent_bytes: int
+    max_inputs: int
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How a packed row lies in bytes."""
+        return RowFormat(dtype=self.row_dtype, width=self.width)  # type: ignore[arg-type]  # checked by open_packset
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that hold `num_items`; the last may be shorter."""
+        return -(-self.num_items // self.window_items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackIndex:
+    """Index of a finished window: where its extents lie, xxh3-64 of each, and of the shared segment."""
+
+    window: int
+    first_item: int
+    offsets: tuple[int, ...]
+    bytes: tuple[int, ...]
+    max_inputs: int
+    xxh3: tuple[str, ...]
+    shared_bytes: int
+    shared_xxh3: str
+
+
+def pack_index_value(index: PackIndex) -> dict[str, Any]:
+    """The JSON of a window index."""
+    return asdict(index)
+
+
+def write_pack_index(folder: Path, index: PackIndex) -> None:
+    """Publish a window; its pack and residents must be complete and synced."""
+    write_json(folder / window_name(index.window, "json"), asdict(index))
+
+
+def has_window(folder: Path, window: int) -> bool:
+    """Whether the window is finished."""
+    return (folder / window_name(window, "json")).is_file()
+
+
+def read_pack_index(folder: Path, window: int) -> PackIndex:
+    """Read a finished window's index; FormatError where it is damaged or its pack has another size."""
+    value = read_json(folder / window_name(window, "json"))
+    try:
+        index = PackIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    except TypeError as error:
+        raise FormatError(
+            f"{folder / window_name(window, 'json')} is malformed ({error}); pack again"
+        ) from error
+    pack = folder / window_name(window, "pack")
+    size, wanted = pack.stat().st_size, index.offsets[-1] + index.bytes[-1]
+    if size != wanted:
+        raise FormatError(
+            f"{pack} has {size} bytes, its index says {wanted}; delete the window and pack again"
+        )
+    return index
+
+
+def write_packset(folder: Path, meta: PackSetMeta) -> None:
+    """Write `packset.json`, before the first window."""
+    write_json(folder / "packset.json", {"format": FORMAT, "version": VERSIONS[-1], "meta": asdict(meta)})
+
+
+def publish_packset(folder: Path, meta: PackSetMeta) -> None:
+    """Write the manifest, after the last window."""
+    write_manifest(folder, Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=()))
+
+
+def open_packset(folder: Path) -> PackSetMeta:
+    """Read what the windows share; FormatError where the folder is no pack set of a version this release reads."""
+    value = read_json(folder / "packset.json")
+    if value.get("format") != FORMAT or value.get("version") not in VERSIONS:
+        raise FormatError(
+            f"{folder} holds {value.get('format')!r} version {value.get('version')!r}; pack again"
+        )
+    try:
+        return PackSetMeta(**value["meta"])
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{folder}/packset.json is malformed ({error}); pack again") from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every window of a `reuse` pack set is there."""
+    return (folder / MANIFEST).is_file() and read_manifest(folder, FORMAT, VERSIONS) is not None

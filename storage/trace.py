@@ -1,0 +1,286 @@
+"""The trace: sampled items, and so who reads which rows when.
+
+A trace folder holds per window `window-000000.trace` (item payloads, each on a page) and `window-000000.json` (its index,
+written last), and `manifest.json` once all windows are there. A payload is everything but features that a trainer needs
+of an item; the packer copies it into the item's extent byte for byte. Layout of a payload, little-endian, every array on
+a multiple of 64 bytes:
+
+| bytes | content |
+|---|---|
+| int64[12] | magic, version, payload bytes, item, epoch, L, B, M, id bytes (4 or 8), label width, flags, 0 |
+| int64[L][4] | per layer, input side first: sources, destinations, edges, 0 |
+| id[M] | input node ids; those of layer l's sources are the first `sources` of them, the seeds the first B |
+| int32[B] or uint8[B, C] | labels of the seeds (label width 0 means int32; -1 for unknown) |
+| int32[M] | in-degrees in the whole graph (flag 1) |
+| per layer: int32[dst+1], int32[E], float32[E] | block `indptr`, `indices` (local ids), edge weights (flag 2) |
+
+Letters: L layers, B seeds, M input nodes of the item, E edges of the block, C classes of a multi-label task.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.storage.errors import FormatError
+from penstock.storage.manifest import Manifest, read_json, read_manifest, write_manifest
+
+FORMAT = "penstock/trace"
+VERSIONS = (1,)
+MAGIC = 0x4D455449_4B4E4550  # "PENKITEM" as little-endian bytes
+_HEAD, _LAYER, _ALIGN = 12, 4, 64
+HAS_DEGREES, HAS_WEIGHTS = 1, 2
+
+
+def align(num_bytes: int) -> int:
+    """Round up to the alignment of arrays inside payloads and extents."""
+    return -(-num_bytes // _ALIGN) * _ALIGN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockArrays:
+    """One bipartite layer in CSC. `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src)."""
+
+    num_src: int
+    num_dst: int
+    indptr: NDArray[np.int32]
+    indices: NDArray[np.int32]
+    edge_weights: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A sampled mini-batch without features; from `decode_item` its arrays are views of the payload.
+
+    `blocks[0]` is the input side; destinations are a prefix of sources in each, seeds the first of `input_ids`.
+    """
+
+    index: int
+    epoch: int
+    num_seeds: int
+    input_ids: NDArray[Any]
+    labels: NDArray[Any]
+    degrees: NDArray[np.int32] | None
+    blocks: tuple[BlockArrays, ...]
+
+    @property
+    def seeds(self) -> NDArray[Any]:
+        """Node ids [B] that the item computes outputs for."""
+        return self.input_ids[: self.num_seeds]
+
+
+def _arrays(item: Item) -> Iterator[NDArray[Any]]:
+    yield item.input_ids
+    yield item.labels
+    if item.degrees is not None:
+        yield item.degrees
+    for block in item.blocks:
+        yield block.indptr
+        yield block.indices
+        if block.edge_weights is not None:
+            yield block.edge_weights
+
+
+def payload_bytes(item: Item) -> int:
+    """Size of the item's payload."""
+    head = align(8 * (_HEAD + _LAYER * len(item.blocks)))
+    return head + sum(align(array.nbytes) for array in _arrays(item))
+
+
+def encode_item(item: Item, out: NDArray[np.uint8]) -> int:
+    """Write the payload into `out` and return its size. Padding is zero, so equal items give equal bytes."""
+    has_weights = item.blocks[0].edge_weights is not None
+    flags = HAS_DEGREES * (item.degrees is not None) + HAS_WEIGHTS * has_weights
+    label_width = item.labels.shape[1] if item.labels.ndim == 2 else 0
+    num_bytes = payload_bytes(item)
+    head = [MAGIC, VERSIONS[-1], num_bytes, item.index, item.epoch, len(item.blocks), item.num_seeds]
+    head += [len(item.input_ids), item.input_ids.dtype.itemsize, label_width, flags, 0]
+    for block in item.blocks:
+        head += [block.num_src, block.num_dst, len(block.indices), 0]
+    at = align(8 * len(head))
+    out[:at] = 0
+    out[: 8 * len(head)] = np.array(head, "<i8").view(np.uint8)
+    for array in _arrays(item):
+        end = at + array.nbytes
+        out[at:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        at = align(end)
+        out[end:at] = 0
+    return num_bytes
+
+
+def decode_item(payload: NDArray[np.uint8]) -> Item:
+    """View a payload as an item; nothing is copied. FormatError where it is not one or is cut."""
+    head = payload[: 8 * _HEAD].view("<i8")
+    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in VERSIONS:
+        raise FormatError(
+            "these bytes are no item payload of a version this release reads; rebuild trace and packs"
+        )
+    if head[2] > len(payload):
+        raise FormatError(
+            f"the item payload is cut: {len(payload)} of {int(head[2])} bytes; rebuild trace and packs"
+        )
+    _, _, _, index, epoch, num_layers, num_seeds, num_inputs, id_bytes, label_width, flags, _ = map(int, head)
+    layers = payload[8 * _HEAD : 8 * (_HEAD + _LAYER * num_layers)].view("<i8").reshape(num_layers, _LAYER)
+    at = align(8 * (_HEAD + _LAYER * num_layers))
+
+    def take(count: int, dtype: str) -> NDArray[Any]:
+        nonlocal at
+        end = at + count * np.dtype(dtype).itemsize
+        array = payload[at:end].view(dtype)
+        at = align(end)
+        return array
+
+    input_ids = take(num_inputs, f"<i{id_bytes}")
+    labels = (
+        take(num_seeds * label_width, "u1").reshape(-1, label_width)
+        if label_width
+        else take(num_seeds, "<i4")
+    )
+    degrees = take(num_inputs, "<i4") if flags & HAS_DEGREES else None
+    blocks = []
+    for num_src, num_dst, num_edges, _ in layers.tolist():
+        indptr, indices = take(num_dst + 1, "<i4"), take(num_edges, "<i4")
+        weights = take(num_edges, "<f4") if flags & HAS_WEIGHTS else None
+        blocks.append(
+            BlockArrays(
+                num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, edge_weights=weights
+            )
+        )
+    return Item(
+        index=index,
+        epoch=epoch,
+        num_seeds=num_seeds,
+        input_ids=input_ids,
+        labels=labels,
+        degrees=degrees,
+        blocks=tuple(blocks),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceMeta:
+    """What the manifest of a trace says: how it was sampled, and of which graph (its fingerprint)."""
+
+    graph: str
+    num_nodes: int
+    seed: int
+    fanouts: tuple[int, ...]
+    method: str
+    replace: bool
+    weighted: bool
+    batch_size: int
+    split: str
+    num_epochs: int
+    items_per_epoch: int
+    window_items: int
+
+    @property
+    def num_items(self) -> int:
+        """Items of all epochs."""
+        return self.num_epochs * self.items_per_epoch
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of all epochs; the last may be shorter."""
+        return -(-self.num_items // self.window_items)
+
+    def window_range(self, window: int) -> tuple[int, int]:
+        """First and past-the-last item of a window."""
+        return window * self.window_items, min((window + 1) * self.window_items, self.num_items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowIndex:
+    """Where the payloads of a window lie: `offsets` and `bytes` per item, in `window-NNNNNN.trace`."""
+
+    window: int
+    first_item: int
+    offsets: tuple[int, ...]
+    bytes: tuple[int, ...]
+    num_inputs: tuple[int, ...]
+    num_edges: tuple[int, ...]
+    xxh3: str
+
+
+def window_name(window: int, suffix: str) -> str:
+    """Name of a window's file, the same in traces and pack sets."""
+    return f"window-{window:06d}.{suffix}"
+
+
+def read_window_index(folder: Path, window: int) -> WindowIndex:
+    """Read the index of a finished window; FormatError where the window is not there or its file has another size."""
+    value = read_json(folder / window_name(window, "json"))
+    try:
+        index = WindowIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    except TypeError as error:
+        raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error})") from error
+    size = (folder / window_name(window, "trace")).stat().st_size
+    if size < index.offsets[-1] + index.bytes[-1]:
+        raise FormatError(f"{folder / window_name(window, 'trace')} is truncated: {size} bytes; sample again")
+    return index
+
+
+class TraceWindow:
+    """A finished window of a trace, memory-mapped."""
+
+    def __init__(self, folder: Path, index: WindowIndex) -> None:
+        self.index = index
+        self._data: NDArray[np.uint8] = np.memmap(
+            folder / window_name(index.window, "trace"), np.uint8, mode="r"
+        )
+
+    def __len__(self) -> int:
+        return len(self.index.offsets)
+
+    def payload(self, position: int) -> NDArray[np.uint8]:
+        """Bytes of the window's n-th item."""
+        offset = self.index.offsets[position]
+        return self._data[offset : offset + self.index.bytes[position]]
+
+    def item(self, position: int) -> Item:
+        """The window's n-th item, as views."""
+        return decode_item(self.payload(position))
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """All items, as views."""
+        return tuple(self.item(n) for n in range(len(self)))
+
+
+class Trace:
+    """A published trace."""
+
+    def __init__(self, path: Path, meta: TraceMeta) -> None:
+        self.path, self.meta = path, meta
+
+    def window(self, window: int) -> TraceWindow:
+        """Open one window."""
+        return TraceWindow(self.path, read_window_index(self.path, window))
+
+    def windows(self) -> Iterator[TraceWindow]:
+        """Open the windows one after the other."""
+        return (self.window(n) for n in range(self.meta.num_windows))
+
+    def items(self) -> Iterator[Item]:
+        """All items in order, as views that live as long as they are referenced."""
+        return (window.item(n) for window in self.windows() for n in range(len(window)))
+
+
+def publish_trace(path: Path, meta: TraceMeta) -> Trace:
+    """Write the manifest, after all windows."""
+    write_manifest(path, Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=()))
+    return Trace(path, meta)
+
+
+def open_trace(path: Path | str) -> Trace:
+    """Open a published trace; FormatError where it is not one or is incomplete."""
+    path = Path(path)
+    value = read_manifest(path, FORMAT, VERSIONS).meta
+    try:
+        return Trace(path, TraceMeta(**{**value, "fanouts": tuple(value["fanouts"])}))
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{path}: trace meta is malformed ({error})") from error
