@@ -67,9 +67,7 @@ class DirectFile:
         device = os.stat(self.path.parent).st_dev
         if device not in _REFUSED_ON:
             _REFUSED_ON.add(device)
-            logger.warning(
-                "the file system of %s refuses O_DIRECT; its files go through the page cache", self.path
-            )
+            logger.warning("the file system of %s refuses O_DIRECT; its files go through the page cache", self.path)
 
     def _fall_back(self) -> None:
         """Reopen through the page cache, after the first transfer was refused."""
@@ -81,9 +79,7 @@ class DirectFile:
     def __enter__(self) -> "DirectFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

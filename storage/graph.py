@@ -8,7 +8,7 @@
 | `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 where unknown |
 | `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
 | `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
-| `original_ids.npy` or `original_ids.parquet` | int64 [N] or strings, optional | ids as the user wrote them; absent where they are 0..N-1 |
+| `original_ids.npy` or `.parquet` | int64 [N] or strings, optional | the user's ids; absent where they are 0..N-1 |
 
 Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
 """
@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from penstock.storage.directio import PAGE
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import Manifest, read_manifest, validate_files
-from penstock.storage.npyfile import PAGE, open_npy
+from penstock.storage.npyfile import open_npy
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
 
 FORMAT = "penstock/graph"
@@ -89,9 +90,7 @@ class GraphStore:
     @property
     def fingerprint(self) -> str:
         """A digest of the content: of the checksums in the manifest. Traces and packs record it."""
-        text = "".join(
-            f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name)
-        )
+        text = "".join(f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name))
         return str(xxhash.xxh3_64_hexdigest(text))
 
     @cached_property

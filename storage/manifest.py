@@ -44,9 +44,7 @@ class Manifest:
         for entry in self.files:
             if entry.name == name:
                 return entry
-        raise FormatError(
-            f"{self.format} manifest lists no file {name!r}; it has {[f.name for f in self.files]}"
-        )
+        raise FormatError(f"{self.format} manifest lists no file {name!r}; it has {[f.name for f in self.files]}")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -80,9 +78,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FormatError(
-            f"{path} does not exist: the folder is not complete; run the step that writes it"
-        ) from error
+        raise FormatError(f"{path} does not exist: the folder is not complete; run the step that writes it") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FormatError(
             f"{path} cannot be read ({error}); it is damaged: delete the folder and rebuild it"
@@ -147,6 +143,4 @@ def validate_files(folder: Path, manifest: Manifest, *, checksums: bool = True) 
         if size != entry.bytes:
             raise FormatError(f"{path} has {size} bytes, its manifest says {entry.bytes}; rebuild {folder}")
         if checksums and (found := checksum_file(path)) != entry.xxh3:
-            raise FormatError(
-                f"{path} has checksum {found}, its manifest says {entry.xxh3}; rebuild {folder}"
-            )
+            raise FormatError(f"{path} has checksum {found}, its manifest says {entry.xxh3}; rebuild {folder}")

@@ -1,7 +1,7 @@
 """`.npy` files whose header fills one page.
 
-NumPy pads a header with spaces; we pad it to 4096 bytes instead of 64. Every tool that reads `.npy` reads these, and the
-data starts on a page, so that O_DIRECT reads of it land on pages. Byte layout: magic and version (8), header length
+NumPy pads a header with spaces; we pad it to 4096 bytes instead of 64. Every tool that reads `.npy` reads these, and
+the data starts on a page, so that O_DIRECT reads of it land on pages. Byte layout: magic and version (8), header length
 (uint16), Python dict literal, spaces, newline at byte 4095, then the array in C order, little-endian.
 """
 
@@ -15,10 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from penstock.storage.directio import PAGE
 from penstock.storage.errors import FormatError, full_disk_is_clear
 from penstock.storage.manifest import FileEntry
-
-PAGE = 4096
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
@@ -61,9 +60,7 @@ class NpyWriter:
         """Add rows [n, *shape[1:]]; they are cast to the file's dtype only if that loses nothing of their kind."""
         rows = np.ascontiguousarray(rows.astype(self.dtype, casting="same_kind", copy=False))
         if rows.shape[1:] != self.shape[1:]:
-            raise ValueError(
-                f"rows of shape {rows.shape[1:]} do not belong into {self.path} of {self.shape[1:]}"
-            )
+            raise ValueError(f"rows of shape {rows.shape[1:]} do not belong into {self.path} of {self.shape[1:]}")
         self._rows += rows.shape[0]
         self._write(memoryview(rows).cast("B") if rows.size else b"")
 
@@ -74,9 +71,7 @@ class NpyWriter:
             while view:  # a raw write may be short
                 view = view[self._file.write(view) :]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         try:
             if kind is not None:
                 return

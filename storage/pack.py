@@ -1,7 +1,7 @@
 """Packs: per window one file with one page-aligned extent per item, holding all that the trainer reads for it.
 
-A pack set is a folder with `packset.json` (written first: slots, row format, item counts, see `PackSetMeta`), per window
-`window-000000.pack`, `window-000000.residents.npy` and `window-000000.json` (its index, written last), and
+A pack set is a folder with `packset.json` (written first: slots, row format, item counts, see `PackSetMeta`), per
+window `window-000000.pack`, `window-000000.residents.npy` and `window-000000.json` (its index, written last), and
 `manifest.json` once all windows are there (`reuse` mode only; `rolling` windows come and go).
 
 `residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
@@ -15,7 +15,7 @@ Window file: [shared segment, padded to pages] [extent of item 0] [extent of ite
 | int64[24] | see `ExtentHead`: sizes and offsets from the extent's start |
 | payload | the item, as in the trace (see `trace`) |
 | int32[M] `source` | where each input row is: c < D device slot c; c < D+H host slot c-D; else extent row c-D-H |
-| int32[n], int32[n] `admit_rows`, `admit_slots` | after the item's gather, extent row -> host slot, for the items to come |
+| int32[n], int32[n] `admit_rows`, `admit_slots` | after the item's gather, extent row -> host slot |
 | int64[r, 2] `shared_runs` | page runs of the shared segment to read: first page, pages |
 | int64[s] `shared_offsets` | byte offset of each shared row within those runs laid end to end |
 | rows | the private missing rows, sorted by node id, `row_bytes` each, no gaps |
@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.storage.directio import page_up
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import MANIFEST, Manifest, read_json, read_manifest, write_json, write_manifest
 from penstock.storage.rows import RowFormat
@@ -66,9 +67,16 @@ class ExtentHead:
 
 
 def layout_extent(
-    *, item: int, payload_bytes: int, num_inputs: int, num_admits: int, num_runs: int, num_shared: int, num_rows: int,
-    row_bytes: int, page: int = 4096,
-) -> ExtentHead:  # fmt: skip
+    *,
+    item: int,
+    payload_bytes: int,
+    num_inputs: int,
+    num_admits: int,
+    num_runs: int,
+    num_shared: int,
+    num_rows: int,
+    row_bytes: int,
+) -> ExtentHead:
     """Place the sections of an extent; `extent_bytes` is padded to whole pages."""
     payload = align(8 * _HEAD_WORDS)
     source = align(payload + payload_bytes)
@@ -78,7 +86,7 @@ def layout_extent(
     rows = align(shared + 8 * num_shared)
     return ExtentHead(
         item=item,
-        extent_bytes=-(-(rows + num_rows * row_bytes) // page) * page,
+        extent_bytes=page_up(rows + num_rows * row_bytes),
         payload_offset=payload,
         payload_bytes=payload_bytes,
         source_offset=source,
@@ -138,9 +146,7 @@ def extent_sections(extent: NDArray[np.uint8], head: ExtentHead) -> Extent:
         source=extent[head.source_offset : head.source_offset + 4 * head.num_inputs].view("<i4"),
         admit_rows=admits[0],
         admit_slots=admits[1],
-        shared_runs=extent[head.runs_offset : head.runs_offset + 16 * head.num_runs]
-        .view("<i8")
-        .reshape(-1, 2),
+        shared_runs=extent[head.runs_offset : head.runs_offset + 16 * head.num_runs].view("<i8").reshape(-1, 2),
         shared_offsets=extent[head.shared_offset : head.shared_offset + 8 * head.num_shared].view("<i8"),
         rows=rows.reshape(head.num_rows, head.row_bytes),
     )
@@ -199,11 +205,6 @@ class PackIndex:
     shared_xxh3: str
 
 
-def pack_index_value(index: PackIndex) -> dict[str, Any]:
-    """The JSON of a window index."""
-    return asdict(index)
-
-
 def write_pack_index(folder: Path, index: PackIndex) -> None:
     """Publish a window; its pack and residents must be complete and synced."""
     write_json(folder / window_name(index.window, "json"), asdict(index))
@@ -220,15 +221,11 @@ def read_pack_index(folder: Path, window: int) -> PackIndex:
     try:
         index = PackIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     except TypeError as error:
-        raise FormatError(
-            f"{folder / window_name(window, 'json')} is malformed ({error}); pack again"
-        ) from error
+        raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error}); pack again") from error
     pack = folder / window_name(window, "pack")
     size, wanted = pack.stat().st_size, index.offsets[-1] + index.bytes[-1]
     if size != wanted:
-        raise FormatError(
-            f"{pack} has {size} bytes, its index says {wanted}; delete the window and pack again"
-        )
+        raise FormatError(f"{pack} has {size} bytes, its index says {wanted}; delete the window and pack again")
     return index
 
 
@@ -246,9 +243,7 @@ def open_packset(folder: Path) -> PackSetMeta:
     """Read what the windows share; FormatError where the folder is no pack set of a version this release reads."""
     value = read_json(folder / "packset.json")
     if value.get("format") != FORMAT or value.get("version") not in VERSIONS:
-        raise FormatError(
-            f"{folder} holds {value.get('format')!r} version {value.get('version')!r}; pack again"
-        )
+        raise FormatError(f"{folder} holds {value.get('format')!r} version {value.get('version')!r}; pack again")
     try:
         return PackSetMeta(**value["meta"])
     except (TypeError, KeyError) as error:

@@ -53,9 +53,7 @@ def encode_rows(values: NDArray[np.float32], row_format: RowFormat) -> NDArray[A
             half = values.astype(np.float16)
         if np.isinf(half).any():
             worst = float(np.abs(values).max())
-            raise ValueError(
-                f"a feature of magnitude {worst:g} exceeds float16's 65504; use bfloat16 or float32"
-            )
+            raise ValueError(f"a feature of magnitude {worst:g} exceeds float16's 65504; use bfloat16 or float32")
         return half
     if row_format.dtype == "bfloat16":
         bits = values.view(np.uint32).astype(np.uint64)

@@ -1,9 +1,9 @@
 """The trace: sampled items, and so who reads which rows when.
 
-A trace folder holds per window `window-000000.trace` (item payloads, each on a page) and `window-000000.json` (its index,
-written last), and `manifest.json` once all windows are there. A payload is everything but features that a trainer needs
-of an item; the packer copies it into the item's extent byte for byte. Layout of a payload, little-endian, every array on
-a multiple of 64 bytes:
+A trace folder holds per window `window-000000.trace` (item payloads, each on a page) and `window-000000.json` (its
+index, written last), and `manifest.json` once all windows are there. A payload is everything but features that a
+trainer needs of an item; the packer copies it into the item's extent byte for byte. Layout of a payload, little-endian,
+every array on a multiple of 64 bytes:
 
 | bytes | content |
 |---|---|
@@ -116,13 +116,9 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
     """View a payload as an item; nothing is copied. FormatError where it is not one or is cut."""
     head = payload[: 8 * _HEAD].view("<i8")
     if len(head) < _HEAD or head[0] != MAGIC or head[1] not in VERSIONS:
-        raise FormatError(
-            "these bytes are no item payload of a version this release reads; rebuild trace and packs"
-        )
+        raise FormatError("these bytes are no item payload of a version this release reads; rebuild trace and packs")
     if head[2] > len(payload):
-        raise FormatError(
-            f"the item payload is cut: {len(payload)} of {int(head[2])} bytes; rebuild trace and packs"
-        )
+        raise FormatError(f"the item payload is cut: {len(payload)} of {int(head[2])} bytes; rebuild trace and packs")
     _, _, _, index, epoch, num_layers, num_seeds, num_inputs, id_bytes, label_width, flags, _ = map(int, head)
     layers = payload[8 * _HEAD : 8 * (_HEAD + _LAYER * num_layers)].view("<i8").reshape(num_layers, _LAYER)
     at = align(8 * (_HEAD + _LAYER * num_layers))
@@ -135,20 +131,14 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
         return array
 
     input_ids = take(num_inputs, f"<i{id_bytes}")
-    labels = (
-        take(num_seeds * label_width, "u1").reshape(-1, label_width)
-        if label_width
-        else take(num_seeds, "<i4")
-    )
+    labels = take(num_seeds * label_width, "u1").reshape(-1, label_width) if label_width else take(num_seeds, "<i4")
     degrees = take(num_inputs, "<i4") if flags & HAS_DEGREES else None
     blocks = []
     for num_src, num_dst, num_edges, _ in layers.tolist():
         indptr, indices = take(num_dst + 1, "<i4"), take(num_edges, "<i4")
         weights = take(num_edges, "<f4") if flags & HAS_WEIGHTS else None
         blocks.append(
-            BlockArrays(
-                num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, edge_weights=weights
-            )
+            BlockArrays(num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, edge_weights=weights)
         )
     return Item(
         index=index,
@@ -229,9 +219,7 @@ class TraceWindow:
 
     def __init__(self, folder: Path, index: WindowIndex) -> None:
         self.index = index
-        self._data: NDArray[np.uint8] = np.memmap(
-            folder / window_name(index.window, "trace"), np.uint8, mode="r"
-        )
+        self._data: NDArray[np.uint8] = np.memmap(folder / window_name(index.window, "trace"), np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.index.offsets)
