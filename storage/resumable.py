@@ -1,0 +1,95 @@
+"""Build a graph store in steps that survive `kill -9`.
+
+While a store is being built, `out/.work/` holds `identity.json`, what it is built from, and `steps.json`, the steps that
+are finished with the manifest entries of the files they wrote. A finished step is never redone; a step that was cut
+starts over, and writes the same bytes. The store is published by its manifest, then `.work` goes. `source.json` keeps
+the identity beside the store, so that a second call can tell "done already" from "something else is here".
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from penstock.storage.errors import FormatError
+from penstock.storage.graph import GraphMeta, GraphStore, graph_manifest, open_graph
+from penstock.storage.manifest import FileEntry, fsync_folder, is_published, read_json, write_json, write_manifest
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "source.json"
+_WORK, _IDENTITY, _STEPS = ".work", "identity.json", "steps.json"
+
+
+def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Name the keys, dotted, whose values differ between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [name for key in keys for name in differing_keys(old.get(key), new.get(key), f"{prefix}.{key}")]
+    return [] if old == new else [f"{prefix.lstrip('.')} ({old!r} there, {new!r} asked)"]
+
+
+class StoreBuild:
+    """A graph store on its way. `work` is a folder for files that do not outlive the build. One process at a time."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], steps: dict[str, Any]) -> None:
+        self.out, self.work, self._identity, self._steps = out, out / _WORK, identity, steps
+
+    def step(self, name: str, run: Callable[[], tuple[dict[str, Any], tuple[FileEntry, ...]]]) -> dict[str, Any]:
+        """Run a step, or skip it where it is finished; returns the numbers that it reported (JSON)."""
+        if name not in self._steps:
+            numbers, entries = run()
+            self._steps[name] = {"numbers": numbers, "files": [asdict(entry) for entry in entries]}
+            fsync_folder(self.out)
+            write_json(self.work / _STEPS, self._steps)
+        else:
+            logger.info("step %s of %s is finished already", name, self.out)
+        numbers_kept: dict[str, Any] = self._steps[name]["numbers"]
+        return numbers_kept
+
+    def publish(self, meta: GraphMeta) -> GraphStore:
+        """Write the manifest over all files of all steps, and drop the working folder."""
+        entries = [entry for step in self._steps.values() for entry in step["files"]]
+        files = tuple(FileEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
+        write_json(self.out / SOURCE, self._identity)
+        write_manifest(self.out, graph_manifest(meta, files))
+        shutil.rmtree(self.work)
+        return open_graph(self.out)
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> GraphStore:
+    there = read_json(out / SOURCE) if (out / SOURCE).is_file() else {}
+    if differing := differing_keys(there, identity):
+        raise ValueError(
+            f"{out} holds a graph built from something else: {'; '.join(differing[:5])}; "
+            "choose another folder, or delete this one"
+        )
+    shutil.rmtree(out / _WORK, ignore_errors=True)  # left by a kill between publishing and cleaning
+    logger.info("%s is complete already", out)
+    return open_graph(out)
+
+
+def begin_build(out: Path, identity: dict[str, Any]) -> StoreBuild | GraphStore:
+    """Start or continue building `out`, or return the store where it is complete.
+
+    `identity` is JSON that says what the store is built from and how. ValueError names the keys that differ where `out`
+    holds a store of another identity, or a folder that is not ours; an unfinished build of another identity is dropped.
+    """
+    if is_published(out):
+        return _finished(out, identity)
+    work = out / _WORK
+    steps: dict[str, Any] = {}
+    try:
+        if read_json(work / _IDENTITY) == identity:
+            steps = read_json(work / _STEPS) if (work / _STEPS).is_file() else {}
+            return StoreBuild(out, identity, steps)
+    except FormatError:
+        pass  # no working folder, or one that was cut before it was usable
+    if out.is_dir() and any(out.iterdir()) and not work.is_dir():
+        raise ValueError(f"{out} is not empty and holds no graph of ours; choose an empty or new folder")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / _IDENTITY, identity)
+    return StoreBuild(out, identity, steps)
