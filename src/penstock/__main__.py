@@ -1,0 +1,348 @@
+"""The command line. Torch, Numba and Ray are imported by the verb that needs them, so that `--help` answers at once."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from penstock import __version__
+
+EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_DOES_NOT_FIT, EXIT_MISSING, EXIT_RETRY = 0, 1, 2, 3, 4, 5, 75
+
+app = App(
+    name="penstock",
+    help="Train graph neural networks on graphs that do not fit in memory.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the verbs that work on a run folder. Flags win over --set, --set over the YAML file."""
+
+    run_dir: Path | None = None
+    "Folder of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
+    config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None
+    "YAML file with the whole configuration."
+    set: list[str] = field(default_factory=list)
+    "Override one key: --set train.lr=0.01. May be repeated."
+    host_memory: str | None = None
+    "Bytes of host memory for tiers and buffers, for example 4GiB. Default: half of what is free."
+    device_memory: str | None = None
+    "Bytes of device memory for the device tier. Default: 0 on CPU, half of what is free on CUDA."
+    disk: str | None = None
+    "Bytes of disk for packs and scratch. Default: 80 % of what is free."
+    fanouts: str | None = None
+    "Neighbours per layer, input side first, seeds last (DGL order): 10,15,20; -1 takes all."
+    batch_size: int | None = None
+    "Seeds per item."
+    model: Literal["sage", "gcn", "gat", "gin", "custom"] | None = None
+    "Kind of layers."
+    hidden: int | None = None
+    "Width of the hidden layers."
+    epochs: int | None = None
+    "Epochs to train."
+    lr: float | None = None
+    "Learning rate."
+    seed: int | None = None
+    "Seed of everything: sampling, initial weights, dropout."
+    device: str | None = None
+    "cpu or cuda."
+    threads: int | None = None
+    "Threads for sampling, packing and compute. Default: the cores this process may use."
+    mode: Literal["auto", "reuse", "rolling"] | None = None
+    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer."
+    policy: Literal["belady", "static", "none"] | None = None
+    "Who sits in the host tier."
+    result_json: Path | None = None
+    "Write a copy of result.json there."
+    force: bool = False
+    "Delete what an earlier run left in the run folder and start anew."
+    quiet: bool = False
+    "No progress."
+
+    def load(self, dataset: Path | None) -> Any:
+        """Compose the `RunConfig`; ValueError where it is wrong."""
+        from penstock.config import load_config
+
+        fanouts = None
+        if self.fanouts is not None:
+            try:
+                fanouts = tuple(int(part) for part in self.fanouts.split(","))
+            except ValueError as error:
+                raise ValueError(f"--fanouts {self.fanouts!r}: write integers like 10,15,20") from error
+        flags = {
+            "dataset": None if dataset is None else str(dataset),
+            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            "budgets.host_memory": self.host_memory,
+            "budgets.device_memory": self.device_memory,
+            "budgets.disk": self.disk,
+            "sampler.fanouts": fanouts,
+            "sampler.batch_size": self.batch_size,
+            "sampler.seed": self.seed,
+            "plan.mode": self.mode,
+            "plan.policy": self.policy,
+            "model.kind": self.model,
+            "model.hidden": self.hidden,
+            "train.epochs": self.epochs,
+            "train.lr": self.lr,
+            "train.seed": self.seed,
+            "train.device": self.device,
+            "train.threads": self.threads,
+        }
+        return load_config(self.config, self.set, flags)
+
+
+@app.command
+def quickstart(
+    directory: Path = Path("penstock-quickstart"),
+    *,
+    num_nodes: int = 1_000_000,
+    result_json: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Generate a graph, train it with an eighth of its features in memory, and again with all: same accuracy.
+
+    Args:
+        directory: Folder for the graph (1 GiB at the default size) and the two runs.
+        num_nodes: Size of the graph.
+        result_json: Write a copy of result.json there.
+        quiet: No progress.
+    """
+    from penstock.quickstart import run_quickstart
+
+    run_quickstart(directory, num_nodes=num_nodes, result_json=result_json, quiet=quiet)
+
+
+@app.command
+def ingest(
+    source: Path,
+    out: Path,
+    *,
+    format: Literal["auto", "parquet", "npy", "ogb"] = "auto",
+    nodes: Path | None = None,
+    edges: Path | None = None,
+    set: list[str] | None = None,
+    host_memory: str = "1GiB",
+    quiet: bool = False,
+) -> None:
+    """Turn Parquet tables, NumPy arrays or an OGB folder into a graph store.
+
+    Args:
+        source: Folder with nodes.parquet and edges.parquet, with .npy files, or an OGB dataset.
+        out: Folder of the graph store to make.
+        format: What the source is; auto looks at its files.
+        nodes: Node table (file or folder of files) if it is not source/nodes.parquet.
+        edges: Edge table if it is not source/edges.parquet.
+        set: An ingest option: --set undirected=true, --set self_loops=add, --set deduplicate=true,
+            --set feature_dtype=float16; `penstock inspect --ingest-options` lists them.
+        host_memory: Bytes that ingest may use.
+        quiet: No progress.
+    """
+    from penstock.tasks import run_ingest
+
+    run_ingest(source, out, format=format, nodes=nodes, edges=edges, options=set or [], host_memory=host_memory, quiet=quiet)
+
+
+@app.command
+def generate(
+    out: Path,
+    *,
+    num_nodes: int = 1_000_000,
+    set: list[str] | None = None,
+    host_memory: str = "1GiB",
+    quiet: bool = False,
+) -> None:
+    """Write a power-law graph whose classes can only be learned from neighbours.
+
+    Args:
+        out: Folder of the graph store to make.
+        num_nodes: Nodes.
+        set: Another generator option: --set avg_degree=16, --set num_features=128, --set seed=1.
+        host_memory: Bytes that the generator may use.
+        quiet: No progress.
+    """
+    from penstock.tasks import run_generate
+
+    run_generate(out, num_nodes=num_nodes, options=set or [], host_memory=host_memory, quiet=quiet)
+
+
+@app.command
+def plan(dataset: Path | None = None, *, options: RunOptions | None = None, json: bool = False) -> None:
+    """Sample, then say what packing and training would move, need and take, before any byte is packed.
+
+    Args:
+        dataset: Graph store.
+        json: Print plan.json instead of a table.
+    """
+    from penstock.tasks import run_plan
+
+    options = options or RunOptions()
+    run_plan(options.load(dataset), force=options.force, as_json=json, quiet=options.quiet)
+
+
+@app.command
+def pack(dataset: Path | None = None, *, options: RunOptions | None = None) -> None:
+    """Sample, plan and write the packs, without training.
+
+    Args:
+        dataset: Graph store.
+    """
+    from penstock.tasks import run_pack
+
+    options = options or RunOptions()
+    run_pack(options.load(dataset), force=options.force, quiet=options.quiet)
+
+
+@app.command
+def train(
+    dataset: Path | None = None, *, options: RunOptions | None = None, resume: bool = True, in_memory: bool = False
+) -> None:
+    """Sample, plan, pack and train; every step is skipped when done and continued when cut off.
+
+    Args:
+        dataset: Graph store.
+        resume: Continue from the newest checkpoint (the default); --force starts anew.
+        in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
+    """
+    from penstock.tasks import run_train
+
+    options = options or RunOptions()
+    config = options.load(dataset)
+    if in_memory:
+        config = config.model_copy(update={"feed": "memory"})
+    run_train(config, force=options.force, result_json=options.result_json, quiet=options.quiet)
+
+
+@app.command
+def infer(
+    run_dir: Path,
+    out: Path,
+    *,
+    dataset: Path | None = None,
+    split: Literal["all", "train", "valid", "test"] = "all",
+    embeddings: bool = True,
+    host_memory: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Write predictions and embeddings to Parquet, under the original ids, exact over all neighbours.
+
+    Args:
+        run_dir: Run folder with a trained model.
+        out: Parquet file to write.
+        dataset: Graph store; default: the one the run was trained on.
+        split: Nodes to write.
+        embeddings: Write the embeddings beside the predictions.
+        host_memory: Bytes that inference may use.
+        quiet: No progress.
+    """
+    from penstock.tasks import run_infer
+
+    run_infer(
+        run_dir, out, dataset=dataset, split=split, embeddings=embeddings, host_memory=host_memory, quiet=quiet
+    )
+
+
+@app.command
+def inspect(path: Path, *, validate: bool = False, json: bool = False) -> None:
+    """Say what a folder is (graph store, trace, packs, run) and what it holds.
+
+    Args:
+        path: The folder.
+        validate: Read everything and compare checksums.
+        json: Print JSON instead of a table.
+    """
+    from penstock.inspection import run_inspect
+
+    run_inspect(path, validate=validate, as_json=json)
+
+
+@app.command
+def doctor(directory: Path = Path("."), *, json: bool = False) -> None:
+    """Check this machine: direct I/O, disk speed, memory limits, threads, torch, DGL, Ray, and what to do.
+
+    Args:
+        directory: Folder whose disk is checked.
+        json: Print JSON instead of a table.
+    """
+    from penstock.doctor import run_doctor
+
+    run_doctor(directory, as_json=json)
+
+
+@app.command
+def bench(
+    name: Literal["sample", "pack", "feed", "epoch", "kernels"],
+    *,
+    scale: float = 1.0,
+    repeats: int = 5,
+    directory: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure Penstock and a peer in one run and print the ratio.
+
+    Args:
+        name: What to measure.
+        scale: Size of the graph, 1 is that of the published results; 0.1 takes under a minute.
+        repeats: Interleaved repeats; medians are compared.
+        directory: Folder for the graph and packs; default: a temporary one.
+        json: One JSON object per case and line, the machine last.
+    """
+    from penstock.benchmarks.run import run_bench
+
+    run_bench(name, scale=scale, repeats=repeats, directory=directory, as_json=json)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error, as documented in docs/command-line.md."""
+    from penstock.storage.errors import DataError, DoesNotFit
+
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if type(error).__name__ == "Stopped":  # engine.trainer's; importing it would load torch for every usage error
+        return EXIT_RETRY
+    for kind, code in ((DataError, EXIT_DATA), (DoesNotFit, EXIT_DOES_NOT_FIT), (ImportError, EXIT_MISSING)):
+        if isinstance(error, kind):
+            return code
+    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_INTERNAL
+
+
+def _configure_logging() -> None:
+    level = os.environ.get("PENSTOCK_LOG", "WARNING").upper()
+    logging.getLogger("penstock").setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("penstock").addHandler(handler)
+
+
+def run(command: Callable[[], object]) -> int:
+    """Run a command and turn its error into a message on stderr and an exit code."""
+    try:
+        command()
+    except CycloptsError:
+        return EXIT_USAGE  # cyclopts has printed it, with the nearest match
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        if code == EXIT_INTERNAL:
+            traceback.print_exc()
+        print(f"penstock: {error or type(error).__name__}", file=sys.stderr)
+        return code
+    return EXIT_OK
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Entry point of the `penstock` command."""
+    _configure_logging()
+    sys.exit(run(lambda: app(tokens, exit_on_error=False, print_error=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`penstock doctor`: look at the machine as a run would, and say what to do."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from penstock.display import print_table
+from penstock.sampler.estimate import measure_disk
+from penstock.storage.budget import (
+    available_memory,
+    format_bytes,
+    free_disk,
+    num_threads,
+    total_memory,
+)
+from penstock.storage.directio import PAGE, DirectFile, aligned_buffer
+
+Finding = tuple[str, str, str]  # name, value, what to do (empty: nothing)
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        buffer: np.ndarray[tuple[int], np.dtype[np.uint8]] = aligned_buffer(PAGE)
+        with DirectFile(Path(file.name), "write") as direct:
+            direct.write_from(buffer, 0, PAGE)
+            works = direct.direct
+    remedy = "" if works else "put the run folder on ext4 or XFS; through the page cache, budgets are less exact"
+    yield "O_DIRECT", "works" if works else "refused", remedy
+    rates = measure_disk(folder)
+    slow = "" if rates.read_bytes_per_s > 500e6 else "a local NVMe disk reads 1 GB/s and more"
+    yield "sequential read", f"{format_bytes(rates.read_bytes_per_s)}/s", slow
+    yield "sequential write", f"{format_bytes(rates.write_bytes_per_s)}/s", ""
+    yield "4 KiB random reads", f"{rates.random_reads_per_s:,.0f}/s", ""
+    free = free_disk(folder)
+    yield "free disk", format_bytes(free), "" if free > 10 << 30 else "packs need room; see penstock plan"
+
+
+def _memory() -> Iterator[Finding]:
+    total, free = total_memory(), available_memory()
+    yield "memory of the container", format_bytes(total), ""
+    yield "memory free", format_bytes(free), "" if free > total // 4 else "stop something, or set --host-memory"
+    shared = Path("/dev/shm")
+    yield "shared memory", format_bytes(free_disk(shared)) if shared.exists() else "none", ""
+
+
+def _threads() -> Iterator[Finding]:
+    usable, machine = num_threads(), os.cpu_count() or 1
+    yield "cores for this process", f"{usable} of {machine}", ""
+    asked = os.environ.get("OMP_NUM_THREADS")
+    remedy = f"unset it or set it to {usable}" if asked and asked != str(usable) else ""
+    yield "OMP_NUM_THREADS", asked or "not set", remedy
+
+
+def _packages() -> Iterator[Finding]:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
+    yield "torch", f"{torch.__version__} ({cuda})", ""
+    for name, extra in (("dgl", "dgl"), ("torch_geometric", "pyg"), ("ray", "ray")):
+        try:
+            found, remedy = version(name), ""
+        except PackageNotFoundError:
+            found, remedy = "not installed", f"optional: pip install 'penstock[{extra}]'"
+        if name == "dgl" and found != "not installed" and find_spec("dgl.graphbolt") is not None:
+            remedy = "dgl 2 does not import with this torch; pip install 'dgl>=1.1.3,<2'"
+        yield name, found, remedy
+
+
+def findings(folder: Path) -> list[Finding]:
+    """Everything that is checked, in order."""
+    return [*_disk(folder), *_memory(), *_threads(), *_packages()]
+
+
+def run_doctor(folder: Path, *, as_json: bool) -> None:
+    """Print the findings."""
+    found = findings(folder)
+    if as_json:
+        print(json.dumps([{"check": name, "value": value, "remedy": remedy} for name, value, remedy in found]))
+        return
+    print_table(
+        f"doctor: {folder.resolve()}",
+        [(name, f"{value}  -> {remedy}" if remedy else value) for name, value, remedy in found],
+    )

@@ -1,0 +1,133 @@
+"""What a run leaves behind: `result.json`, the resolved configuration, `curves.png`."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penstock import __version__
+from penstock.config import RunConfig, flatten
+from penstock.storage.budget import num_threads, peak_rss_bytes, total_memory
+from penstock.storage.manifest import write_atomic, write_json
+
+RESULT_SCHEMA = 1
+_PACKAGES = ("torch", "numpy", "numba", "pyarrow", "dgl", "torch_geometric", "ray", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, Penstock and what it computes with; None where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "penstock": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it does."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """What the run ran on."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": model,
+        "threads": num_threads(),
+        "memory_bytes": total_memory(),
+        "host": platform.node(),
+        "kernel": platform.release(),
+    }
+
+
+def write_result(
+    path: Path,
+    *,
+    status: str,
+    config: RunConfig | None,
+    metrics: dict[str, Any],
+    copy: Path | None = None,
+    error: BaseException | None = None,
+    code: int = 0,
+    **sections: Any,
+) -> dict[str, Any]:
+    """Write `result.json` and, where asked, a copy; both atomically, making parent folders."""
+    value = {
+        "schema": RESULT_SCHEMA,
+        "status": status,
+        "error": None if error is None else {"type": type(error).__name__, "message": str(error), "exit_code": code},
+        "metrics": metrics,
+        "artefacts": {},
+        "timings": {},
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(),
+        "config": None if config is None else config.model_dump(mode="json"),
+        **sections,
+    }
+    for target in (path, copy):
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_json(target, value)
+    return value
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the resolved configuration as YAML that `-c` accepts."""
+    write_atomic(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def differing_keys(path: Path, config: RunConfig) -> list[str]:
+    """Which keys of the run that `path` describes differ from `config`; those that may change do not count."""
+    stored = flatten(yaml.safe_load(path.read_text()) or {})
+    wanted = config.identity()
+    return sorted(key for key, item in wanted.items() if stored.get(key) != item)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; empty where there is none."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def draw_curves(metrics: Path, out: Path) -> None:
+    """Plot loss and accuracies over epochs."""
+    import matplotlib  # 0.3 s that only the end of a run pays
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(metrics)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for name, axes in (("loss", left), ("train_accuracy", right), ("valid_accuracy", right), ("test_accuracy", right)):
+        points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None and "epoch" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.tight_layout()
+    temporary = out.with_name(f".{out.name}")
+    figure.savefig(temporary, format="png", dpi=110)
+    pyplot.close(figure)
+    temporary.replace(out)
