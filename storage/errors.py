@@ -20,6 +20,10 @@ class DoesNotFit(ValueError):
     """A budget, or the disk, is too small. The message names the smallest that would do."""
 
 
+class MissingDependency(ImportError):
+    """An optional library is not installed. The message names the extra that brings it."""
+
+
 @contextmanager
 def full_disk_is_clear(path: Path) -> Iterator[None]:
     """Turn a full disk into `DoesNotFit` that names `path`; other errors pass."""

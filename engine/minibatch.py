@@ -1,0 +1,99 @@
+"""What a trainer gets per step: blocks, features, labels and ids of one item, as torch tensors.
+
+Letters: B seeds, M input nodes, E edges of a block, F features, C classes of a multi-label task.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from penstock.engine.adapters import to_dgl, to_pyg
+
+_Held = TypeVar("_Held", "Block", "MiniBatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """One bipartite layer in CSC; destinations are the first `num_dst` of the `num_src` sources.
+
+    `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None;
+    `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them.
+    """
+
+    num_src: int
+    num_dst: int
+    indptr: Tensor
+    indices: Tensor
+    edge_weights: Tensor | None = None
+    src_degrees: Tensor | None = None
+
+    @property
+    def num_edges(self) -> int:
+        """E."""
+        return len(self.indices)
+
+    @property
+    def dst_degrees(self) -> Tensor | None:
+        """In-degrees int32 [num_dst] of the destinations in the whole graph, or None."""
+        return None if self.src_degrees is None else self.src_degrees[: self.num_dst]
+
+    def to(self, device: torch.device | str) -> "Block":
+        """Move every tensor; no copy where they are there already."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def clone(self) -> "Block":
+        """Copy every tensor."""
+        return _map_tensors(self, torch.clone)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MiniBatch:
+    """One item with its features. From a feed, its tensors are views of reused buffers: valid until the next `next()`.
+
+    `input_ids` int32 or int64 [M], the seeds first; `labels` int64 [B] (-1 unknown) or float32 [B, C];
+    `blocks[0]` is the input side; `features` float32 [M, F], row n of node `input_ids[n]`.
+    """
+
+    step: int
+    item: int
+    epoch: int
+    num_seeds: int
+    input_ids: Tensor
+    labels: Tensor
+    blocks: tuple[Block, ...]
+    features: Tensor
+
+    @property
+    def seeds(self) -> Tensor:
+        """Node ids int64 [B] that the item computes outputs for."""
+        return self.input_ids[: self.num_seeds].long()
+
+    @property
+    def degrees(self) -> Tensor | None:
+        """In-degrees int32 [M] of the input nodes in the whole graph, or None where the trace did not record them."""
+        return self.blocks[0].src_degrees
+
+    def to(self, device: torch.device | str) -> "MiniBatch":
+        """Move every tensor; no copy where they are there already."""
+        blocks = tuple(block.to(device) for block in self.blocks)
+        return replace(_map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True)), blocks=blocks)
+
+    def clone(self) -> "MiniBatch":
+        """Copy every tensor, so that the batch outlives the feed's next step."""
+        return replace(_map_tensors(self, torch.clone), blocks=tuple(block.clone() for block in self.blocks))
+
+    def to_dgl(self) -> tuple[Tensor, Tensor, list[Any]]:
+        """As DGL's loader yields it: input nodes, output nodes, blocks; see `adapters.to_dgl`."""
+        return to_dgl(self)
+
+    def to_pyg(self) -> Any:
+        """As PyG's `NeighborLoader` yields it; see `adapters.to_pyg`."""
+        return to_pyg(self)
+
+
+def _map_tensors(value: _Held, function: Callable[[Tensor], Tensor]) -> _Held:
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: function(v) for name, v in found.items() if isinstance(v, Tensor)})
