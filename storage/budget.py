@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,29 @@ def num_threads() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """What a run may use: memory of the device for rows, memory of the host for everything, disk for packs."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+def default_budgets(
+    folder: Path, *, device_bytes: int | None = None, host_bytes: int | None = None, disk_bytes: int | None = None
+) -> Budgets:
+    """Fill in what the user left open: no device tier, half of the free memory, nine tenths of the free disk.
+
+    Memory halves because the trainer's weights, activations and the page cache want the rest.
+    """
+    return Budgets(
+        device_bytes=0 if device_bytes is None else device_bytes,
+        host_bytes=available_memory() // 2 if host_bytes is None else host_bytes,
+        disk_bytes=free_disk(folder) * 9 // 10 if disk_bytes is None else disk_bytes,
+    )
 
 
 def peak_rss_bytes() -> int:

@@ -6,7 +6,10 @@ window `window-000000.pack`, `window-000000.residents.npy` and `window-000000.js
 
 `residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
 Where packs are cycled, the last window also has `window-NNNNNN.wrap.npy`, int32 [2, n]: after its last item the row of
-host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0.
+host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0. All moves
+happen at once (read every source before its slot is overwritten). They are ordered so that this is easy in place: a move
+that reads a slot stands before the one that writes it, but for the last move of a cycle, which reads what the first one
+of the cycle has overwritten.
 
 Window file: [shared segment, padded to pages] [extent of item 0] [extent of item 1] ... Extent, little-endian:
 
@@ -25,7 +28,7 @@ Extent rows are numbered private rows first, then shared rows. Letters: M input 
 
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +37,7 @@ from penstock.storage.directio import page_up
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import MANIFEST, Manifest, read_json, read_manifest, write_json, write_manifest
 from penstock.storage.rows import RowFormat
-from penstock.storage.trace import Item, align, decode_item, window_name
+from penstock.storage.trace import Item, TraceMeta, align, decode_item, window_name
 
 FORMAT = "penstock/pack"
 VERSIONS = (1,)
@@ -189,6 +192,11 @@ class PackSetMeta:
     def num_windows(self) -> int:
         """Windows that hold `num_items`; the last may be shorter."""
         return -(-self.num_items // self.window_items)
+
+
+def trace_digest(meta: TraceMeta) -> str:
+    """A digest of how a trace was sampled and of which graph; pack sets record it."""
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(asdict(meta), sort_keys=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ every array on a multiple of 64 bytes:
 Letters: L layers, B seeds, M input nodes of the item, E edges of the block, C classes of a multi-label task.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -149,6 +150,19 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
         degrees=degrees,
         blocks=tuple(blocks),
     )
+
+
+def read_input_ids(fd: int, offset: int) -> NDArray[Any]:
+    """Read only the input node ids of the payload at `offset` of an open file; no page of it stays mapped."""
+    head = np.frombuffer(os.pread(fd, 8 * _HEAD, offset), "<i8")
+    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in VERSIONS:
+        raise FormatError(f"no item payload of a version this release reads at byte {offset}; sample again")
+    id_bytes = int(head[8])
+    start = offset + align(8 * (_HEAD + _LAYER * int(head[5])))
+    ids = np.frombuffer(os.pread(fd, int(head[7]) * id_bytes, start), f"<i{id_bytes}")
+    if len(ids) != head[7]:
+        raise FormatError(f"the item payload at byte {offset} is cut: {len(ids)} of {head[7]} input ids; sample again")
+    return ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
