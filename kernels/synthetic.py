@@ -1,9 +1,9 @@
 """A synthetic power-law graph with planted classes, every value a hash of (seed, what, where).
 
-Node ids are a scattered numbering of *ranks*: rank r is the r-th most popular source, and its id is a keyed bijection of
-r, so that hubs lie all over the id space. The hidden type of a node is its rank modulo C. The label of a node is drawn
-independently of its rank, its sources have the type that equals its label with probability `homophily`, and features
-show the type. So a node's own features say nothing of its label, those of its in-neighbours say nearly everything.
+Node ids are a scattered numbering of *ranks*: rank r is the r-th most popular source, and its id is a keyed bijection
+of r, so that hubs lie all over the id space. The hidden type of a node is its rank modulo C. The label of a node is
+drawn independently of its rank, its sources have the type that equals its label with probability `homophily`, and
+features show the type. So a node's own features say nothing of its label, those of its in-neighbours nearly everything.
 
 Sources are drawn by inverting the distribution function of a power law over the ranks of one type: the weight of the
 q-th is q^-b with b = 1 / (exponent - 1), which gives out-degrees P(d) ~ d^-exponent (Goh, Kahng, Kim, PRL 2001, the

@@ -8,7 +8,8 @@
 | `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 where unknown |
 | `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
 | `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
-| `original_ids.npy` or `.parquet` | int64 [N] or strings, optional | the user's ids; absent where they are 0..N-1 |
+| `original_ids.npy` | int64 [N], optional | the user's ids; absent where they are 0..N-1 |
+| `original_ids.parquet` | column `id`, strings, in row groups of 65536 rows, optional | the user's ids where they are strings |
 
 Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
 """
@@ -31,6 +32,7 @@ from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
 
 FORMAT = "penstock/graph"
 VERSIONS = (1,)
+ORIGINAL_IDS_GROUP = 1 << 16  # strings per row group of original_ids.parquet
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -124,15 +126,27 @@ class GraphStore:
 
     def original_ids(self, lo: int, hi: int) -> Any:
         """The user's ids of nodes lo..hi-1, as an int64 array or a list of strings."""
+        return self.original_ids_of(np.arange(lo, hi, dtype=np.int64))
+
+    def original_ids_of(self, node_ids: NDArray[Any]) -> Any:
+        """The user's ids of any nodes, in their order; reads strings per row group, so ascending ids are fastest."""
         if self.meta.original_ids == "dense":
-            return np.arange(lo, hi, dtype=np.int64)
+            return node_ids.astype(np.int64)
         if self.meta.original_ids == "int64":
-            return open_npy(self.path / "original_ids.npy")[lo:hi]
-        return self._original_strings[lo:hi].to_pylist()
+            return open_npy(self.path / "original_ids.npy")[node_ids]
+        groups = node_ids // ORIGINAL_IDS_GROUP
+        out: list[str] = [""] * len(node_ids)
+        for group in np.unique(groups).tolist():
+            places = np.flatnonzero(groups == group)
+            strings = self._original_strings.read_row_group(group, columns=["id"]).column("id")
+            taken = strings.take(node_ids[places] - group * ORIGINAL_IDS_GROUP).to_pylist()
+            for place, text in zip(places.tolist(), taken, strict=True):
+                out[place] = text
+        return out
 
     @cached_property
     def _original_strings(self) -> Any:
-        return pq.read_table(self.path / "original_ids.parquet", memory_map=True).column("id")
+        return pq.ParquetFile(self.path / "original_ids.parquet")
 
     def validate(self, *, checksums: bool = True) -> None:
         """Check every file against the manifest; FormatError names the first that differs."""

@@ -1,9 +1,9 @@
 """Build a graph store in steps that survive `kill -9`.
 
-While a store is being built, `out/.work/` holds `identity.json`, what it is built from, and `steps.json`, the steps that
-are finished with the manifest entries of the files they wrote. A finished step is never redone; a step that was cut
-starts over, and writes the same bytes. The store is published by its manifest, then `.work` goes. `source.json` keeps
-the identity beside the store, so that a second call can tell "done already" from "something else is here".
+While a store is being built, `out/.work/` holds `identity.json`, what it is built from, and `steps.json`, the steps
+that are finished with the manifest entries of the files they wrote. A finished step is never redone; a step that was
+cut starts over, and writes the same bytes. The store is published by its manifest, then `.work` goes. `source.json`
+keeps the identity beside the store, so that a second call can tell "done already" from "something else is here".
 """
 
 import logging
@@ -71,6 +71,20 @@ def _finished(out: Path, identity: dict[str, Any]) -> GraphStore:
     return open_graph(out)
 
 
+def _clear(out: Path, work: Path) -> None:
+    """Drop an unfinished build. The working folder stays throughout: it marks `out` as ours."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _IDENTITY).unlink(missing_ok=True)  # first: what follows may be cut, and must not look usable
+    for pattern in ("*.npy", "*.parquet"):
+        for path in out.glob(pattern):
+            path.unlink()
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def begin_build(out: Path, identity: dict[str, Any]) -> StoreBuild | GraphStore:
     """Start or continue building `out`, or return the store where it is complete.
 
@@ -89,7 +103,6 @@ def begin_build(out: Path, identity: dict[str, Any]) -> StoreBuild | GraphStore:
         pass  # no working folder, or one that was cut before it was usable
     if out.is_dir() and any(out.iterdir()) and not work.is_dir():
         raise ValueError(f"{out} is not empty and holds no graph of ours; choose an empty or new folder")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    _clear(out, work)
     write_json(work / _IDENTITY, identity)
     return StoreBuild(out, identity, steps)
