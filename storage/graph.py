@@ -9,7 +9,7 @@
 | `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
 | `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
 | `original_ids.npy` | int64 [N], optional | the user's ids; absent where they are 0..N-1 |
-| `original_ids.parquet` | column `id`, strings, in row groups of 65536 rows, optional | the user's ids where they are strings |
+| `original_ids.parquet` | column `id`, strings, in row groups of 65536 rows, optional | the user's ids, if strings |
 
 Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
 """
@@ -93,7 +93,7 @@ class GraphStore:
     def fingerprint(self) -> str:
         """A digest of the content: of the checksums in the manifest. Traces and packs record it."""
         text = "".join(f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name))
-        return str(xxhash.xxh3_64_hexdigest(text))
+        return str(xxhash.xxh3_64_hexdigest(text.encode()))
 
     @cached_property
     def indptr(self) -> NDArray[np.int64]:
