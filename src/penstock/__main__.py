@@ -317,7 +317,7 @@ def exit_code(error: BaseException) -> int:
 
 def _configure_logging() -> None:
     level = os.environ.get("PENSTOCK_LOG", "WARNING").upper()
-    logging.getLogger("penstock").setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
+    logging.getLogger("penstock").setLevel(getattr(logging, level, logging.WARNING))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("penstock").addHandler(handler)

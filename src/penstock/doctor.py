@@ -4,13 +4,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from penstock.display import print_table
+from penstock.machine import package_version
 from penstock.sampler.estimate import measure_disk
 from penstock.storage.budget import (
     available_memory,
@@ -63,13 +62,11 @@ def _packages() -> Iterator[Finding]:
     cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
     yield "torch", f"{torch.__version__} ({cuda})", ""
     for name, extra in (("dgl", "dgl"), ("torch_geometric", "pyg"), ("ray", "ray")):
-        try:
-            found, remedy = version(name), ""
-        except PackageNotFoundError:
-            found, remedy = "not installed", f"optional: pip install 'penstock[{extra}]'"
-        if name == "dgl" and found != "not installed" and find_spec("dgl.graphbolt") is not None:
+        found = package_version(name)
+        remedy = "" if found else f"optional: pip install 'penstock[{extra}]'"
+        if name == "dgl" and (found or "1") >= "2":
             remedy = "dgl 2 does not import with this torch; pip install 'dgl>=1.1.3,<2'"
-        yield name, found, remedy
+        yield name, found or "not installed", remedy
 
 
 def findings(folder: Path) -> list[Finding]:

@@ -1,33 +1,19 @@
 """What a run leaves behind: `result.json`, the resolved configuration, `curves.png`."""
 
 import json
-import platform
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from penstock import __version__
 from penstock.config import RunConfig, flatten
-from penstock.storage.budget import num_threads, peak_rss_bytes, total_memory
+from penstock.machine import hardware, versions
+from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.manifest import write_atomic, write_json
 
 RESULT_SCHEMA = 1
-_PACKAGES = ("torch", "numpy", "numba", "pyarrow", "dgl", "torch_geometric", "ray", "safetensors")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, Penstock and what it computes with; None where a package is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "penstock": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def git_commit() -> str | None:
@@ -38,22 +24,6 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def hardware() -> dict[str, Any]:
-    """What the run ran on."""
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": model,
-        "threads": num_threads(),
-        "memory_bytes": total_memory(),
-        "host": platform.node(),
-        "kernel": platform.release(),
-    }
 
 
 def write_result(

@@ -1,0 +1,142 @@
+"""`penstock inspect`: say what a folder is and what it holds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from penstock.display import print_table
+from penstock.storage.budget import format_bytes
+from penstock.storage.directio import DirectFile, aligned_buffer
+from penstock.storage.errors import DataError, FormatError
+from penstock.storage.graph import open_graph
+from penstock.storage.manifest import MANIFEST, checksum_file, read_json
+from penstock.storage.pack import has_window, open_packset, read_pack_index
+from penstock.storage.trace import open_trace, window_name
+
+Description = dict[str, Any]
+
+
+def _hops(fanouts: tuple[int, ...]) -> str:
+    """Spell the fanouts out, hop by hop from the seeds, so that nobody has to know whose order it is."""
+    names = ["all" if fanout < 0 else str(fanout) for fanout in reversed(fanouts)]
+    return ", then ".join(f"{name} neighbours of {'each seed' if n == 0 else 'those'}" for n, name in enumerate(names))
+
+
+def describe_graph(path: Path, *, validate: bool) -> Description:
+    """A graph store: sizes, splits; `validate` reads all bytes."""
+    graph = open_graph(path)
+    if validate:
+        graph.validate()
+    splits = {f"{split}_nodes": len(graph.split_ids(split)) for split in ("train", "valid", "test")}
+    return {
+        "kind": "graph store",
+        **asdict(graph.meta),
+        **splits,
+        "feature_bytes": graph.feature_bytes,
+        "topology_bytes": graph.indices.nbytes + graph.indptr.nbytes,
+        "fingerprint": graph.fingerprint,
+        "validated": validate,
+    }
+
+
+def describe_trace(path: Path, *, validate: bool) -> Description:
+    """A trace: how it was sampled, and how many rows its items read."""
+    trace = open_trace(path)
+    indexes = [window.index for window in trace.windows()]
+    for index in indexes if validate else ():
+        file = path / window_name(index.window, "trace")
+        if checksum_file(file) != index.xxh3:
+            raise FormatError(f"{file} differs from its checksum; delete the trace and sample again")
+    return {
+        "kind": "trace",
+        **asdict(trace.meta),
+        "hops": _hops(trace.meta.fanouts),
+        "num_items": trace.meta.num_items,
+        "input_rows": sum(sum(index.num_inputs) for index in indexes),
+        "edges": sum(sum(index.num_edges) for index in indexes),
+        "trace_bytes": sum(sum(index.bytes) for index in indexes),
+        "validated": validate,
+    }
+
+
+def _check_extents(path: Path, window: int) -> None:
+    index = read_pack_index(path, window)
+    buffer = aligned_buffer(max(index.bytes))
+    with DirectFile(path / window_name(window, "pack"), "read") as file:
+        for offset, num_bytes, wanted in zip(index.offsets, index.bytes, index.xxh3, strict=True):
+            file.read_into(buffer, offset, num_bytes)
+            if xxhash.xxh3_64_hexdigest(buffer[:num_bytes]) != wanted:
+                raise FormatError(f"{file.path}: the extent at {offset} differs from its checksum; delete the packs")
+
+
+def describe_packs(path: Path, *, validate: bool) -> Description:
+    """A pack set: slots, rows, bytes of the windows that are there."""
+    meta = open_packset(path)
+    windows = sorted(int(file.stem.split("-")[1]) for file in path.glob("window-*.json"))
+    for window in windows if validate else ():
+        _check_extents(path, window)
+    sizes = [(path / window_name(window, "pack")).stat().st_size for window in windows if has_window(path, window)]
+    return {
+        "kind": "pack set",
+        **asdict(meta),
+        "windows": f"{len(windows)} of {meta.num_windows}",
+        "pack_bytes": sum(sizes),
+        "complete": (path / MANIFEST).is_file(),
+        "validated": validate,
+    }
+
+
+def describe_run(path: Path, *, validate: bool) -> Description:
+    """A run folder: its result, and its packs where they are."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    result = read_json(path / "result.json") if (path / "result.json").is_file() else {"status": "not finished"}
+    checkpoints = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
+    packs = describe_packs(path / "packs", validate=validate) if (path / "packs" / "packset.json").is_file() else {}
+    return {
+        "kind": "run",
+        "status": result["status"],
+        "dataset": config["dataset"],
+        "metrics": result.get("metrics", {}),
+        "checkpoints": checkpoints,
+        "pack_bytes": packs.get("pack_bytes", 0),
+        "windows": packs.get("windows", "none"),
+    }
+
+
+def describe(path: Path, *, validate: bool = False) -> Description:
+    """Find out what `path` is; DataError where it is nothing of ours."""
+    kinds: list[tuple[str, Callable[..., Description]]] = [
+        ("config.yaml", describe_run),
+        ("packset.json", describe_packs),
+    ]
+    for marker, describer in kinds:
+        if (path / marker).is_file():
+            return describer(path, validate=validate)
+    if (path / MANIFEST).is_file():
+        format = read_json(path / MANIFEST).get("format")
+        if format == "penstock/graph":
+            return describe_graph(path, validate=validate)
+        if format == "penstock/trace":
+            return describe_trace(path, validate=validate)
+    raise DataError(
+        f"{path} is no graph store, trace, pack set or run: it has none of {MANIFEST}, packset.json, config.yaml; "
+        "if a step was cut off there, run the same command again"
+    )
+
+
+def run_inspect(path: Path, *, validate: bool, as_json: bool) -> None:
+    """Print the description."""
+    found = describe(path, validate=validate)
+    if as_json:
+        print(json.dumps(found))
+        return
+    rows = [
+        (key.replace("_", " "), format_bytes(value) if key.endswith("_bytes") else str(value))
+        for key, value in found.items()
+    ]
+    print_table(str(path), rows)
