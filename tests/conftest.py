@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
+
+# the first call of a kernel compiles it, which no deadline survives
+settings.register_profile("penstock", deadline=None)
+settings.load_profile("penstock")
 
 
 @pytest.fixture(scope="session")
