@@ -2,8 +2,8 @@
 
 A trace folder holds per window `window-000000.trace` (item payloads, each on a page) and `window-000000.json` (its
 index, written last), and `manifest.json` once all windows are there. A payload is everything but features that a
-trainer needs of an item; the packer copies it into the item's extent byte for byte. Layout of a payload, little-endian,
-every array on a multiple of 64 bytes:
+trainer needs of an item; the packer copies it into the item's extent byte for byte. Windows are written by
+`trace_writer`. Layout of a payload, little-endian, every array on a multiple of 64 bytes:
 
 | bytes | content |
 |---|---|
@@ -181,6 +181,8 @@ class TraceMeta:
     num_epochs: int
     items_per_epoch: int
     window_items: int
+    degrees: bool = False
+    shuffle: bool = True
 
     @property
     def num_items(self) -> int:

@@ -1,0 +1,39 @@
+"""Who is computed when: the seeds of every item of every epoch.
+
+Training epochs permute the split's ids by counter-based hashes (sort by hash(seed, epoch, id), ties by id), so an
+epoch's order needs no state of the epochs before it. Evaluation splits keep ascending order.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.kernels.seeds import hash_ids
+from penstock.storage.graph import GraphStore, Split
+from penstock.storage.trace import TraceMeta
+
+
+def epoch_order(ids: NDArray[Any], seed: int, epoch: int, *, shuffle: bool = True) -> NDArray[Any]:
+    """Order the ids of a split for an epoch; `ids` are ascending and distinct.
+
+    Takes 16 bytes of memory per id on top of the result.
+    """
+    if not shuffle:
+        return ids
+    hashes = np.empty(len(ids), np.uint64)
+    hash_ids(ids, seed, epoch, 0, len(ids), hashes)
+    return np.asarray(ids[np.argsort(hashes, kind="stable")])  # stable: of equal hashes the smaller id comes first
+
+
+@lru_cache(maxsize=2)  # windows that follow each other share an epoch, or two
+def _graph_order(graph: GraphStore, split: Split, seed: int, epoch: int, shuffle: bool) -> NDArray[Any]:
+    return epoch_order(graph.split_ids(split), seed, epoch, shuffle=shuffle)
+
+
+def item_seeds(graph: GraphStore, meta: TraceMeta, item: int) -> NDArray[Any]:
+    """Node ids that item `item` (counted over all epochs) computes outputs for."""
+    epoch, index = divmod(item, meta.items_per_epoch)
+    order = _graph_order(graph, meta.split, meta.seed, epoch, meta.shuffle)  # type: ignore[arg-type]  # checked by config
+    return order[index * meta.batch_size : (index + 1) * meta.batch_size]
