@@ -7,8 +7,7 @@ from numba import types
 from numba.extending import intrinsic
 
 
-@intrinsic
-def count_trailing_zeros(typing_context: Any, word: Any) -> Any:
+def _count_trailing_zeros(typing_context: Any, word: Any) -> Any:
     """Index of the lowest set bit of a uint64, as int64; undefined for 0."""
     signature = types.int64(types.uint64)
 
@@ -16,3 +15,6 @@ def count_trailing_zeros(typing_context: Any, word: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return signature, codegen
+
+
+count_trailing_zeros: Any = intrinsic(_count_trailing_zeros)  # Any: callers pass no typing context

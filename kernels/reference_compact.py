@@ -1,6 +1,9 @@
 """Twins of `compact`."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.kernels.rng import mix
 
@@ -38,7 +41,7 @@ def compact_table(ids, lo, hi, table, nodes, num_nodes, local):  # type: ignore[
     return num_nodes
 
 
-def _find(node, hash_ids):  # type: ignore[no-untyped-def]
+def _find(node: Any, hash_ids: NDArray[Any]) -> int:
     slot = int(mix(np.uint64(node))) % len(hash_ids)
     while hash_ids[slot] not in (node, -1):
         slot = (slot + 1) % len(hash_ids)

@@ -219,9 +219,10 @@ def window_name(window: int, suffix: str) -> str:
 
 def read_window_index(folder: Path, window: int) -> WindowIndex:
     """Read the index of a finished window; FormatError where the window is not there or its file has another size."""
-    value = read_json(folder / window_name(window, "json"))
+    pairs = read_json(folder / window_name(window, "json")).items()
+    value: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in pairs}
     try:
-        index = WindowIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+        index = WindowIndex(**value)
     except TypeError as error:
         raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error})") from error
     size = (folder / window_name(window, "trace")).stat().st_size

@@ -52,7 +52,7 @@ class TraceWindowWriter:
         assert item.index == expected < self._stop, f"item {item.index} came where {expected} was due"
         num_edges = sum(len(block.indices) for block in item.blocks)
         self._sizes.append((self._at, len(payload), len(item.input_ids), num_edges))
-        self._write(memoryview(payload))
+        self._write(payload.data)
         self._write(memoryview(_PADDING)[: page_up(len(payload)) - len(payload)])
 
     def _write(self, view: memoryview) -> None:
