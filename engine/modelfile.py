@@ -1,0 +1,81 @@
+"""The model folder: `model.safetensors`, and `model.json` with all that is needed to rebuild the model and feed it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import ValidationError
+from torch import nn
+
+from penstock.engine.checkpoint import pack_tensors, read_tensors
+from penstock.engine.models import ModelConfig, build_model
+from penstock.storage.errors import FormatError
+from penstock.storage.manifest import checksum_file, read_json, write_atomic, write_json
+
+FORMAT = "penstock/model"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """A model and what is needed to feed it."""
+
+    model: nn.Module
+    config: ModelConfig
+    num_features: int
+    num_classes: int
+    fanouts: tuple[int, ...]
+    extra: dict[str, Any]
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    num_features: int,
+    num_classes: int,
+    fanouts: tuple[int, ...],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model.safetensors`, then `model.json`, each atomically; `extra` is JSON kept beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = pack_tensors(model.state_dict())
+    value = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": config.model_dump(mode="json"),
+        "num_features": num_features,
+        "num_classes": num_classes,
+        "fanouts": list(fanouts),
+        "xxh3": xxhash.xxh3_64_hexdigest(data),
+        "extra": dict(extra or {}),
+    }
+    write_atomic(folder / "model.safetensors", data)
+    write_json(folder / "model.json", value)
+
+
+def load_model(folder: Path) -> TrainedModel:
+    """Rebuild a saved model in evaluation mode; FormatError where its files are missing or do not belong together."""
+    value = read_json(folder / "model.json")
+    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
+        raise FormatError(f"{folder}/model.json is no {FORMAT} of version {VERSION}; train again")
+    path = folder / "model.safetensors"
+    if not path.is_file() or checksum_file(path) != value["xxh3"]:
+        raise FormatError(f"{path} is missing or not the one that model.json names; restore it or train again")
+    try:
+        config = ModelConfig.model_validate(value["model"])
+        model = build_model(config, value["num_features"], value["num_classes"])
+        model.load_state_dict(read_tensors(path))
+    except (ValidationError, RuntimeError) as error:
+        raise FormatError(f"{folder}: the weights do not fit the model that model.json describes ({error})") from error
+    return TrainedModel(
+        model=model.eval(),
+        config=config,
+        num_features=value["num_features"],
+        num_classes=value["num_classes"],
+        fanouts=tuple(value["fanouts"]),
+        extra=value["extra"],
+    )

@@ -1,0 +1,63 @@
+"""Where training is, what it came to, and the randomness of one step."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from penstock.kernels.rng import fold, mix
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainState:
+    """Where training is, but for tensors: the JSON part of a checkpoint.
+
+    `epochs_done` counts epochs whose end (evaluation, best weights) is behind us; it lags `step` by one epoch while
+    that end is still to come. `loss_sum` weighs by seeds, over the running epoch; `window_*` is since the last log.
+    """
+
+    step: int = 0
+    epochs_done: int = 0
+    finished: bool = False
+    stopped_early: bool = False
+    loss_sum: float = 0.0
+    loss_seeds: int = 0
+    window_sum: float = 0.0
+    window_steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best_loss: float = math.inf
+    metrics_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What training came to. `losses` is the mean per epoch; the times are of this process, not of resumed ones."""
+
+    epochs: int
+    steps: int
+    resumed_from: int
+    stopped_early: bool
+    losses: tuple[float, ...]
+    evaluations: tuple[dict[str, Any], ...]
+    best_epoch: int
+    best: dict[str, Any]
+    compute_s: float
+    stall_s: float
+    evaluate_s: float
+    checkpoint_s: float
+    items_per_s: float
+    seeds_per_s: float
+
+
+def seed_step(seed: int, step: int, device: torch.device) -> None:
+    """Seed PyTorch's generators for one step, by counter."""
+    with np.errstate(over="ignore"):  # the hash wraps; NumPy scalars would warn where Numba is off
+        value = int(fold(mix(np.uint64(seed)), np.uint64(step))) >> 1
+    torch.default_generator.manual_seed(value)  # torch.manual_seed also asks every absent accelerator, 70 us
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
