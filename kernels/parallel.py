@@ -5,9 +5,14 @@ threading layer may not be entered from two threads at once (the feed gathers wh
 compiling it takes ten times as long. The ranges depend only on `total` and `parts`, never on timing.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from numpy.typing import NDArray
 
 
 @lru_cache(maxsize=8)
@@ -38,3 +43,13 @@ def parallel_for(kernel: Callable[[int, int], object], total: int, threads: int)
     """Call `kernel(lo, hi)` over equal parts of [0, total) on `threads` threads."""
     if total > 0:
         run_ranges(kernel, split(total, threads))
+
+
+def split_by_edges(indptr: NDArray[Any], parts: int) -> list[tuple[int, int]]:
+    """Cut the rows of `indptr` [R+1] into at most `parts` non-empty ranges of about equal rows plus edges."""
+    rows = len(indptr) - 1
+    total = rows + int(indptr[rows])
+    cuts = [
+        bisect_left(range(rows + 1), total * n // parts, key=lambda row: row + int(indptr[row])) for n in range(parts)
+    ]
+    return [(lo, hi) for lo, hi in pairwise([*cuts, rows]) if lo < hi]

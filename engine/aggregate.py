@@ -1,0 +1,146 @@
+"""Aggregate over blocks with gradients: our kernels for float32 on CPU, PyTorch's segment operations elsewhere.
+
+Half precision on CPU is computed in float32; float64 and other devices take the PyTorch path. `x` is [S, F], row n of
+source n of the block; results have one row per destination, or per edge for `edge_softmax`.
+
+Letters: S sources, R destinations, E edges of the block, F features, K weights per edge (heads).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from penstock.engine.minibatch import Block
+from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _check(block: Block, x: Tensor) -> None:
+    if x.ndim != 2 or len(x) != block.num_src:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the block has {block.num_src} sources: pass one row for each")
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and (x.dtype == torch.float32 or x.dtype in _HALF)
+
+
+def edge_destinations(block: Block) -> Tensor:
+    """Destination int64 [E] of every edge."""
+    rows = torch.arange(block.num_dst, device=block.indptr.device)
+    return torch.repeat_interleave(rows, block.indptr.diff().long(), output_size=block.num_edges)
+
+
+def sampled_degrees(block: Block) -> Tensor:
+    """Edges float32 [R] that each destination has in the block."""
+    return block.indptr.diff().float()
+
+
+def _segments(block: Block, values: Tensor, reduce: str) -> Tensor:
+    """Reduce one row per edge to one row per destination; empty destinations give 0."""
+    offsets = block.indptr.long()
+    initial = 0 if reduce == "sum" else None
+    out = torch.segment_reduce(values, reduce, offsets=offsets, axis=0, unsafe=True, initial=initial)
+    return out if reduce == "sum" else out.masked_fill((offsets.diff() == 0)[:, None], 0)
+
+
+def aggregate_sum(
+    block: Block, x: Tensor, *, src_scale: Tensor | None = None, dst_scale: Tensor | None = None
+) -> Tensor:
+    """dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u]; scales float32 [S] and [R], without gradients."""
+    _check(block, x)
+    if _is_native(x):
+        out: Tensor = ScaledSum.apply(x.float(), block, src_scale, dst_scale)  # type: ignore[no-untyped-call]
+        return out.to(x.dtype)
+    rows = x if src_scale is None else x * src_scale.to(x.dtype)[:, None]
+    out = _segments(block, rows.index_select(0, block.indices), "sum")
+    return out if dst_scale is None else out * dst_scale.to(x.dtype)[:, None]
+
+
+def aggregate_mean(block: Block, x: Tensor) -> Tensor:
+    """Mean over in-edges; 0 where a destination has none."""
+    return aggregate_sum(block, x, dst_scale=sampled_degrees(block).clamp(min=1).reciprocal())
+
+
+def aggregate_weighted_mean(block: Block, x: Tensor, weights: Tensor) -> Tensor:
+    """Sum of w * x over the sum of w, for weights float32 [E] of the edges; 0 where they sum to 0."""
+    total = _segments(block, weights[:, None], "sum")
+    scale = torch.where(total == 0, 0, 1 / total)
+    return aggregate_weighted(block, x, weights[:, None]) * scale.to(x.dtype)
+
+
+def aggregate_max(block: Block, x: Tensor) -> Tensor:
+    """Largest value per feature over in-edges; 0 where a destination has none."""
+    _check(block, x)
+    if _is_native(x):
+        out: Tensor = MaxRows.apply(x.float(), block)  # type: ignore[no-untyped-call]
+        return out.to(x.dtype)
+    rows = x.index_select(0, block.indices)
+    # The backward pass of torch.segment_reduce gives every tied edge the whole gradient, so we pick the first edge.
+    first = _first_largest(block, rows.detach())
+    none = first == block.num_edges
+    return rows.gather(0, first.masked_fill(none, 0)).masked_fill(none, 0) if len(rows) else x[: block.num_dst] * 0
+
+
+def _first_largest(block: Block, rows: Tensor) -> Tensor:
+    """Per destination and column the first edge [R, F] whose value is the largest or NaN; E where there is no edge."""
+    destinations = edge_destinations(block)
+    wins = (rows == _segments(block, rows, "max").index_select(0, destinations)) | rows.isnan()
+    edges = torch.arange(block.num_edges, device=rows.device)[:, None]
+    first = torch.full((block.num_dst, rows.shape[1]), block.num_edges, device=rows.device)
+    candidates = torch.where(wins, edges, block.num_edges)
+    return first.scatter_reduce(0, destinations[:, None].expand_as(candidates), candidates, "amin")
+
+
+def aggregate_weighted(block: Block, x: Tensor, weights: Tensor) -> Tensor:
+    """Sum over in-edges of weights[e, k] * x[u, k], for `weights` [E, K] and the K equal parts of a row of x."""
+    _check(block, x)
+    heads = weights.shape[1]
+    if x.shape[1] % heads:
+        raise ValueError(f"rows of {x.shape[1]} values do not part into {heads} heads; make the width a multiple")
+    if _is_native(x):
+        out: Tensor = WeightedSum.apply(x.float(), weights.float(), block)  # type: ignore[no-untyped-call]
+        return out.to(x.dtype)
+    rows = x.index_select(0, block.indices).view(block.num_edges, heads, -1) * weights.to(x.dtype)[:, :, None]
+    return _segments(block, rows.view(block.num_edges, -1), "sum")
+
+
+def edge_softmax(block: Block, src_scores: Tensor, dst_scores: Tensor, *, slope: float = 0.2) -> Tensor:
+    """Attention weights [E, K]: softmax over in-edges of leaky_relu(src_scores[u] + dst_scores[v])."""
+    _check(block, src_scores)
+    if _is_native(src_scores):
+        args = (src_scores.float(), dst_scores.float(), block, slope)
+        out: Tensor = EdgeSoftmax.apply(*args)  # type: ignore[no-untyped-call]
+        return out.to(src_scores.dtype)
+    rows = edge_destinations(block)
+    raw = src_scores.index_select(0, block.indices) + dst_scores.index_select(0, rows)
+    score = torch.nn.functional.leaky_relu(raw, slope)
+    top = _segments(block, score.detach(), "max").index_select(0, rows)
+    value = (score - top).exp()
+    return value / _segments(block, value, "sum").index_select(0, rows)
+
+
+def with_self_loops(block: Block) -> Block:
+    """Give every destination exactly one edge from itself, its last; loops that were there are dropped.
+
+    Edge weights are dropped too: a loop has none.
+    """
+    rows = edge_destinations(block)
+    others = block.indices != rows
+    counts = _count_chosen(block, others)
+    loops = torch.arange(block.num_dst, dtype=torch.int32, device=block.indices.device)
+    indptr = torch.zeros(block.num_dst + 1, dtype=torch.int32, device=block.indices.device)
+    indptr[1:] = torch.cumsum(counts + 1, 0)
+    indices = torch.empty(int(others.sum()) + block.num_dst, dtype=torch.int32, device=block.indices.device)
+    is_loop = torch.zeros(len(indices), dtype=torch.bool, device=block.indices.device)
+    is_loop[indptr[1:].long() - 1] = True
+    indices[is_loop], indices[~is_loop] = loops, block.indices[others]
+    return replace(block, indptr=indptr, indices=indices, edge_weights=None)
+
+
+def _count_chosen(block: Block, chosen: Tensor) -> Tensor:
+    """How many in-edges of each destination are chosen, bool [E] to int64 [R]."""
+    running = torch.zeros(block.num_edges + 1, dtype=torch.int64, device=chosen.device)
+    torch.cumsum(chosen, 0, out=running[1:])
+    return running[block.indptr.long()].diff()
