@@ -8,6 +8,8 @@ sort (Knuth, TAOCP 3, section 5.2.5), and both keep the input order of equal key
 import numpy as np
 from numba import njit
 
+from penstock.kernels.rng import mix
+
 
 @njit(cache=True, nogil=True)
 def count_buckets(keys, shift, mask, counts):  # type: ignore[no-untyped-def]
@@ -100,3 +102,10 @@ def join_sorted(keys, queries, start, out):  # type: ignore[no-untyped-def]
         at = low
         out[m] = at if at < size and keys[at] == query else -1
     return at
+
+
+@njit(cache=True, nogil=True)
+def mix_keys(ids, out):  # type: ignore[no-untyped-def]
+    """Fill out uint64 [M] with evenly spread keys of ids int64 [M], a bijection."""
+    for m in range(ids.shape[0]):
+        out[m] = mix(np.uint64(ids[m]))

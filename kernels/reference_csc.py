@@ -54,3 +54,10 @@ def join_sorted(keys: Keys, queries: Keys, start: int, out: Counts) -> int:
     for m, position in enumerate(where):
         out[m] = position if position < len(keys) and keys[position] == queries[m] else -1
     return int(where[-1]) if len(queries) else start
+
+
+def mix_keys(ids: Counts, out: Keys) -> None:
+    x = ids.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    out[:] = x ^ (x >> np.uint64(31))

@@ -5,6 +5,7 @@ the data starts on a page, so that O_DIRECT reads of it land on pages. Byte layo
 (uint16), Python dict literal, spaces, newline at byte 4095, then the array in C order, little-endian.
 """
 
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -104,3 +105,12 @@ def npy_entry(path: Path, checksum: str) -> FileEntry:
     return FileEntry(
         name=path.name, bytes=path.stat().st_size, dtype=array.dtype.name, shape=array.shape, xxh3=checksum
     )
+
+
+def drop_pages(array: NDArray[Any]) -> None:
+    """Let the kernel forget the pages of a mapped array, so that streaming through it does not count as memory."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "_mmap", None) or getattr(base, "base", None)
+    if base is not None:
+        base.madvise(mmap.MADV_DONTNEED)

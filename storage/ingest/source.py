@@ -1,0 +1,94 @@
+"""What ingest reads: a graph as chunks of nodes and edges, wherever it comes from.
+
+`where` and `first_row` of a chunk name the table or file and the row its first entry has there, for messages.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from penstock.storage.errors import DataError
+from penstock.storage.graph import Split
+
+Ids = NDArray[np.int64] | pa.Array  # integers, or an Arrow array of strings
+SPLIT_CODES: dict[Split, int] = {"train": 0, "valid": 1, "test": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdChunk:
+    """Ids of consecutive nodes."""
+
+    where: str
+    first_row: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeChunk:
+    """Consecutive nodes: `features` [n, F] numeric, `labels` [n] or [n, C], `splits` int8 [n] of codes, -1 for none."""
+
+    where: str
+    first_row: int
+    features: NDArray[Any]
+    labels: NDArray[Any] | None
+    splits: NDArray[np.int8] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeChunk:
+    """Consecutive edges by the user's ids; `names` are what `src` and `dst` are called there."""
+
+    where: str
+    first_row: int
+    names: tuple[str, str]
+    src: Ids
+    dst: Ids
+    weights: NDArray[np.float32] | None
+
+
+class Column(Protocol):
+    """An array that can be read front to back, more than once."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def chunks(self, rows: int) -> Iterator[NDArray[Any]]:
+        """Consecutive parts of `rows` rows each, the last may be shorter."""
+
+
+class GraphSource(Protocol):
+    """A graph that can be read front to back. All numbers are known before anything is read."""
+
+    kind: str
+    num_nodes: int
+    num_features: int
+    num_edges: int
+    has_weights: bool
+    label_width: int  # 0: one class per node; C: a multi-label task
+    split_ids: Mapping[Split, Column]
+
+    def identity(self) -> list[dict[str, Any]]:
+        """JSON that changes when the input does."""
+
+    def ids(self, rows: int) -> Iterator[IdChunk]:
+        """The node ids; nothing where they are row numbers."""
+
+    def nodes(self, rows: int) -> Iterator[NodeChunk]:
+        """The node table."""
+
+    def edges(self, rows: int) -> Iterator[EdgeChunk]:
+        """The edge table."""
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Say which file this is; DataError where it is not there."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
