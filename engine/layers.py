@@ -1,0 +1,184 @@
+"""Graph layers over blocks: SAGE, GCN, GAT, GIN. Each stands alone: `layer(block, x)`, x [S, F] to [R, H].
+
+| layer | source | over sampled neighbours |
+|---|---|---|
+| `SAGEConv` | Hamilton et al., NeurIPS 2017, algorithm 1, mean and (without its perceptron) max | mean is unbiased |
+| `GCNConv` | Kipf and Welling, ICLR 2017, equation 2 | rescaled by degree / sampled: unbiased |
+| `GATConv` | Velickovic et al., ICLR 2018, equations 1 to 6 | softmax over what was sampled |
+| `GINConv` | Xu et al., ICLR 2019, equation 4.1 | rescaled by degree / sampled: unbiased |
+
+With all neighbours they equal PyG's layers of these names. GCN and GAT add the edge from a node to itself, so GCN
+expects a graph without such edges (ingest with `self_loops: remove`). Edge weights count in SAGE's mean only, and only
+if asked; where neighbours were drawn by weight, the plain mean already estimates the weighted one.
+
+Letters: S sources, R destinations, E edges of the block, F features, H outputs, K heads.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from penstock.engine.aggregate import (
+    aggregate_max,
+    aggregate_mean,
+    aggregate_sum,
+    aggregate_weighted,
+    aggregate_weighted_mean,
+    edge_softmax,
+    sampled_degrees,
+    with_self_loops,
+)
+from penstock.engine.minibatch import Block
+
+Aggregator = Literal["mean", "max"]
+_GATHER_COST = 14  # multiply-adds of a matrix product in the time of gathering one float, per core; measured
+
+
+def _linear_first(block: Block, x: Tensor, out_features: int) -> bool:
+    """Whether to apply a linear map before it is aggregated: it then runs on more rows, but narrower ones are gathered.
+
+    Inputs that need no gradient spare the backward gather only if they are gathered as they are.
+    """
+    passes = 2 if x.requires_grad else 1
+    product = x.shape[1] * out_features // _GATHER_COST
+    before = block.num_src * product + 2 * block.num_edges * out_features
+    after = block.num_dst * product + passes * block.num_edges * x.shape[1]
+    return before < after
+
+
+def _aggregate_linear(block: Block, x: Tensor, weight: Tensor, aggregate: Callable[[Block, Tensor], Tensor]) -> Tensor:
+    if _linear_first(block, x, len(weight)):
+        return aggregate(block, nn.functional.linear(x, weight))
+    return nn.functional.linear(aggregate(block, x), weight)
+
+
+def _degree_ratio(block: Block, layer: str) -> tuple[Tensor, Tensor]:
+    """Degrees float32 [S], and float32 [R] by what factor the sum over sampled neighbours falls short."""
+    if block.src_degrees is None:
+        raise ValueError(
+            f"{layer} needs the in-degrees of the nodes in the whole graph, but this block has none; "
+            "sample with `degrees: true`, or use kind sage or gat"
+        )
+    degrees = block.src_degrees.float()
+    return degrees, degrees[: block.num_dst] / sampled_degrees(block).clamp(min=1)
+
+
+class SAGEConv(nn.Module):
+    """W_own x_v + W_neighbour aggregate(x_u) + b.
+
+    `edge_weights` makes the mean a weighted one over the block's weights.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, aggregator: Aggregator = "mean", edge_weights: bool = False
+    ) -> None:
+        super().__init__()
+        if edge_weights and aggregator != "mean":
+            raise ValueError(f"edge_weights has no meaning for aggregator {aggregator!r}; use mean, or leave it off")
+        self.aggregator, self.edge_weights = aggregator, edge_weights
+        self.neighbour = nn.Linear(in_features, out_features)
+        self.own = nn.Linear(in_features, out_features, bias=False)
+
+    def _mean(self, block: Block, x: Tensor) -> Tensor:
+        if not self.edge_weights:
+            return aggregate_mean(block, x)
+        if block.edge_weights is None:
+            raise ValueError("edge_weights is on, but this block has no weights; ingest a weight column or turn it off")
+        return aggregate_weighted_mean(block, x, block.edge_weights)
+
+    def forward(self, block: Block, x: Tensor) -> Tensor:
+        """[S, F] to [R, H]."""
+        if self.aggregator == "max":
+            neighbours: Tensor = self.neighbour(aggregate_max(block, x))
+        else:
+            neighbours = _aggregate_linear(block, x, self.neighbour.weight, self._mean) + self.neighbour.bias
+        return neighbours + self.own(x[: block.num_dst])  # type: ignore[no-any-return]
+
+
+class GCNConv(nn.Module):
+    """W (sum of x_u / sqrt((d_u + 1) (d_v + 1)) over neighbours and v itself) + b; d in-degrees in the whole graph."""
+
+    needs_degrees = True
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, block: Block, x: Tensor) -> Tensor:
+        """[S, F] to [R, H]. ValueError where the block has no degrees."""
+        degrees, ratio = _degree_ratio(block, "GCNConv")
+        src_scale = (degrees + 1).rsqrt()
+        own = src_scale[: block.num_dst]
+
+        def propagate(block: Block, x: Tensor) -> Tensor:
+            neighbours = aggregate_sum(block, x, src_scale=src_scale, dst_scale=own * ratio)
+            return neighbours + x[: block.num_dst] * own.square().to(x.dtype)[:, None]
+
+        return _aggregate_linear(block, x, self.weight, propagate) + self.bias
+
+
+class GATConv(nn.Module):
+    """Attention over in-neighbours and the node itself, K heads, concatenated or (`concat=False`) averaged."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        heads: int = 4,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if concat and out_features % heads:
+            raise ValueError(
+                f"{out_features} outputs do not part into {heads} heads; make hidden a multiple of heads, "
+                f"for example {-(-out_features // heads) * heads}"
+            )
+        self.heads, self.concat = heads, concat
+        self.negative_slope, self.attention_dropout = negative_slope, attention_dropout
+        self.dim = out_features // heads if concat else out_features
+        self.linear = nn.Linear(in_features, heads * self.dim, bias=False)
+        self.src_attention = nn.Parameter(torch.empty(1, heads, self.dim))
+        self.dst_attention = nn.Parameter(torch.empty(1, heads, self.dim))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        for weight in (self.linear.weight, self.src_attention, self.dst_attention):
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, block: Block, x: Tensor) -> Tensor:
+        """[S, F] to [R, H]."""
+        block = with_self_loops(block)
+        values = self.linear(x)
+        by_head = values.view(-1, self.heads, self.dim)
+        src_scores = (by_head * self.src_attention).sum(-1)
+        dst_scores = (by_head[: block.num_dst] * self.dst_attention).sum(-1)
+        alpha = edge_softmax(block, src_scores, dst_scores, slope=self.negative_slope)
+        alpha = nn.functional.dropout(alpha, self.attention_dropout, self.training)
+        out = aggregate_weighted(block, values, alpha)
+        if not self.concat:
+            out = out.view(-1, self.heads, self.dim).mean(dim=1)
+        return out + self.bias
+
+
+class GINConv(nn.Module):
+    """MLP((1 + eps) x_v + sum of x_u over neighbours); eps is learned, the MLP has two layers unless one is given."""
+
+    needs_degrees = True
+
+    def __init__(self, in_features: int, out_features: int, *, mlp: nn.Module | None = None) -> None:
+        super().__init__()
+        self.eps = nn.Parameter(torch.zeros(()))
+        self.mlp = mlp or nn.Sequential(
+            nn.Linear(in_features, out_features), nn.ReLU(), nn.Linear(out_features, out_features)
+        )
+
+    def forward(self, block: Block, x: Tensor) -> Tensor:
+        """[S, F] to [R, H]. ValueError where the block has no degrees."""
+        _, ratio = _degree_ratio(block, "GINConv")
+        total = aggregate_sum(block, x, dst_scale=ratio) + (1 + self.eps) * x[: block.num_dst]
+        return self.mlp(total)  # type: ignore[no-any-return]

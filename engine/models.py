@@ -1,0 +1,203 @@
+"""Models over blocks: stacks of `layers`, or a user's own module by import path.
+
+A model is called as `model(blocks, x)`, x [M, F] features of the input nodes, to [B, C] scores of the seeds. Layer by
+layer inference calls `model.layer_forward(l, block, x)`: layer l with all that belongs to it, in the order dropout of
+the input, layer, residual, norm, activation; the last layer has neither norm nor activation. Dropout draws from
+torch's global generator, which the trainer reseeds every step.
+
+Letters: L layers, M input nodes, B seeds, F features, H hidden, C classes.
+"""
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from penstock.engine.layers import Aggregator, GATConv, GCNConv, GINConv, SAGEConv
+from penstock.engine.minibatch import Block
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": nn.functional.elu}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+
+
+class ModelConfig(BaseModel):
+    """What to train. `num_layers` has to equal the number of fanouts; `module` and `kwargs` are for kind custom."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["sage", "gcn", "gat", "gin", "custom"] = "sage"
+    num_layers: int = Field(default=3, ge=1)
+    hidden: int = Field(default=128, ge=1)
+    aggregator: Aggregator = "mean"
+    edge_weights: bool = False
+    heads: int = Field(default=4, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    norm: Literal["none", "batch", "layer"] = "none"
+    residual: bool = False
+    activation: Literal["relu", "elu"] = "relu"
+    module: str | None = None
+    kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ModelConfig":
+        if (self.kind == "custom") != (self.module is not None):
+            raise ValueError(f"kind={self.kind} with module={self.module!r}: kind custom and a module go together")
+        if self.kwargs and self.kind != "custom":
+            raise ValueError(f"kwargs {sorted(self.kwargs)} are for kind custom, not {self.kind}; remove them")
+        if self.kind == "gat" and self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}; change one of them")
+        if self.edge_weights and (self.kind, self.aggregator) != ("sage", "mean"):
+            raise ValueError("edge_weights is for kind sage with aggregator mean only; turn it off")
+        return self
+
+
+def needs_degrees(config: ModelConfig) -> bool:
+    """Whether items must carry whole-graph in-degrees; a custom module says so by an attribute `needs_degrees`."""
+    if config.kind == "custom":
+        return bool(getattr(load_class(config.module or ""), "needs_degrees", False))
+    return config.kind in ("gcn", "gin")
+
+
+def _make_layer(config: ModelConfig, in_features: int, out_features: int, is_last: bool) -> nn.Module:
+    if config.kind == "gcn":
+        return GCNConv(in_features, out_features)
+    if config.kind == "gin":
+        return GINConv(in_features, out_features)
+    if config.kind == "gat":  # the last layer averages its heads, as in the paper
+        options: dict[str, Any] = {"heads": config.heads, "attention_dropout": config.attention_dropout}
+        return GATConv(in_features, out_features, concat=not is_last, **options)
+    return SAGEConv(in_features, out_features, aggregator=config.aggregator, edge_weights=config.edge_weights)
+
+
+class GraphModel(nn.Module):
+    """A stack of L layers of one kind; `layers`, `norms` and `skips` hold what belongs to each."""
+
+    def __init__(self, config: ModelConfig, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.needs_degrees = needs_degrees(config)
+        widths = [num_features, *[config.hidden] * (config.num_layers - 1), num_classes]
+        last = config.num_layers - 1
+        self.layers, self.norms, self.skips = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for layer, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            self.layers.append(_make_layer(config, fan_in, fan_out, layer == last))
+            if layer < last:
+                self.norms.append(_NORMS[config.norm](fan_out))
+                if config.residual:
+                    same = fan_in == fan_out
+                    self.skips.append(nn.Identity() if same else nn.Linear(fan_in, fan_out, bias=False))
+
+    def layer_forward(self, layer: int, block: Block, x: Tensor) -> Tensor:
+        """Apply one layer with its dropout (in training), residual, norm and activation."""
+        config = self.config
+        x = nn.functional.dropout(x, config.dropout if layer else config.input_dropout, self.training)
+        out: Tensor = self.layers[layer](block, x)
+        if layer == len(self.layers) - 1:
+            return out
+        if config.residual:
+            out = out + self.skips[layer](x[: block.num_dst])
+        return _ACTIVATIONS[config.activation](self.norms[layer](out))
+
+    def forward(self, blocks: Sequence[Block], x: Tensor) -> Tensor:
+        """Scores [B, C] of the seeds. ValueError unless there is one block per layer."""
+        if len(blocks) != len(self.layers):
+            raise ValueError(
+                f"the item has {len(blocks)} blocks, the model {len(self.layers)} layers; "
+                "set num_layers to the number of fanouts"
+            )
+        for layer, block in enumerate(blocks):
+            x = self.layer_forward(layer, block, x)
+        return x
+
+
+def _import_parent(name: str) -> Any:
+    """Import module `name`, or say which part of it is not there and what is there of a similar name."""
+    done: Any = None
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        try:
+            done = import_module(".".join(parts[:n]))
+        except ModuleNotFoundError as error:
+            if error.name != ".".join(parts[:n]):
+                raise  # a dependency of the user's module is missing: their traceback says it best
+            places = None if done is None else getattr(done, "__path__", [])
+            near = get_close_matches(parts[n - 1], [module.name for module in pkgutil.iter_modules(places)], 1)
+            hint = f"did you mean {'.'.join([*parts[: n - 1], *near])}? " if near else ""
+            raise ValueError(
+                f"there is no module {error.name!r}; {hint}It has to be installed or on PYTHONPATH"
+            ) from error
+    return done
+
+
+def load_class(path: str) -> type[nn.Module]:
+    """Import `pkg.mod:Class`; ValueError with the nearest match where it is not there or no nn.Module."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"module={path!r} is no import path; write pkg.mod:Class")
+    module = _import_parent(module_name)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        classes = [
+            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
+        ]
+        near = get_close_matches(name, classes, 1) or classes
+        what = "is no subclass of torch.nn.Module" if found is not None else "does not exist"
+        raise ValueError(f"{name!r} in {module_name} {what}; it has {', '.join(near) or 'no nn.Module at all'}")
+    return found
+
+
+def build_model(config: ModelConfig, num_features: int, num_classes: int, num_layers: int | None = None) -> nn.Module:
+    """Make the model; a user's class is called with `num_features`, `num_classes` and `kwargs`.
+
+    ValueError where `num_layers`, the number of fanouts, is given and is not the config's.
+    """
+    if config.kind == "custom":
+        module: nn.Module = load_class(config.module or "")(
+            num_features=num_features, num_classes=num_classes, **config.kwargs
+        )
+        return module
+    if num_layers not in (None, config.num_layers):
+        raise ValueError(f"num_layers={config.num_layers}, but there are {num_layers} fanouts; make them equal")
+    return GraphModel(config, num_features, num_classes)
+
+
+def layer_forward(model: nn.Module, layer: int, block: Block, x: Tensor) -> Tensor:
+    """Apply one layer of any model: its own `layer_forward`, or `model.layers[layer](block, x)` where it has none.
+
+    The latter is right only where `forward` does nothing between the layers; `check_layer_forward` finds out.
+    """
+    own = getattr(model, "layer_forward", None)
+    if own is not None:
+        return own(layer, block, x)  # type: ignore[no-any-return]
+    layers = getattr(model, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has neither layer_forward(layer, block, x) nor layers, so it cannot be computed "
+            "layer by layer; add one of them, or evaluate by sampling"
+        )
+    return layers[layer](block, x)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def check_layer_forward(model: nn.Module, blocks: Sequence[Block], x: Tensor) -> None:
+    """Raise ValueError unless the layers one by one give what `model(blocks, x)` gives, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        whole, by_layer = model(blocks, x), x
+        for layer, block in enumerate(blocks):
+            by_layer = layer_forward(model, layer, block, by_layer)
+    finally:
+        model.train(was_training)
+    if whole.shape != by_layer.shape or not torch.allclose(whole, by_layer, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{type(model).__name__} does not give layer by layer what it gives as a whole; add a method "
+            "layer_forward(layer, block, x) with all that forward does for that layer, or evaluate by sampling"
+        )
