@@ -63,7 +63,7 @@ class NpyWriter:
         if rows.shape[1:] != self.shape[1:]:
             raise ValueError(f"rows of shape {rows.shape[1:]} do not belong into {self.path} of {self.shape[1:]}")
         self._rows += rows.shape[0]
-        self._write(memoryview(rows).cast("B") if rows.size else b"")
+        self._write(rows.data.cast("B") if rows.size else b"")
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)

@@ -133,4 +133,5 @@ class CsvColumn:
     def _numbers(self, column: pa.Array, row: int) -> NDArray[Any]:
         if column.null_count and self._dtype.kind != "f":
             raise DataError(f"{self._path}, after row {row}: a value is missing; wanted {self._dtype}")
-        return column.to_numpy(zero_copy_only=False).astype(self._dtype)
+        numbers: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+        return numbers.astype(self._dtype)

@@ -100,7 +100,8 @@ def id_keys(ids: Ids) -> NDArray[np.uint64]:
     encoded = ids.dictionary_encode()  # hash every distinct string of the chunk once
     texts = encoded.dictionary.to_pylist()
     hashes = np.fromiter((xxhash.xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
-    return hashes[encoded.indices.to_numpy(zero_copy_only=False)]
+    keys: NDArray[np.uint64] = hashes[encoded.indices.to_numpy(zero_copy_only=False)]
+    return keys
 
 
 def _is_dense(source: GraphSource) -> bool:
@@ -140,8 +141,8 @@ def write_ids(
                 assert rows is not None
                 _refuse_duplicates(source, keys, rows)
                 with full_disk_is_clear(work):
-                    keys_file.write(memoryview(keys).cast("B"))
-                    rows_file.write(memoryview(rows).cast("B"))
+                    keys_file.write(keys.data.cast("B"))
+                    rows_file.write(rows.data.cast("B"))
     return {"kind": kind}, (entry,)
 
 

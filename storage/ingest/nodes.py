@@ -106,11 +106,9 @@ class NodeStep:
     def _write_tables(self) -> tuple[int, tuple[FileEntry, ...]]:
         source, num_nodes, top = self.source, self.source.num_nodes, -1
         row_format = RowFormat(dtype=self.options.feature_dtype, width=source.num_features)
-        label_shape, label_dtype = (num_nodes, source.label_width)[: 1 + bool(source.label_width)], np.dtype(np.int64)
-        if source.label_width:
-            label_dtype = np.dtype(np.uint8)
+        label_shape = (num_nodes, source.label_width) if source.label_width else (num_nodes,)
         features = NpyWriter(self.out / "features.npy", row_format.array_dtype, (num_nodes, row_format.array_width))
-        labels = NpyWriter(self.out / "labels.npy", label_dtype, label_shape)
+        labels = NpyWriter(self.out / "labels.npy", np.uint8 if source.label_width else np.int64, label_shape)
         done = 0
         with features, labels, open(self.work / _CODES, "wb") as codes:
             for chunk in source.nodes(self.rows):
@@ -121,7 +119,7 @@ class NodeStep:
                 top = max(top, int(label.max(initial=-1)))
                 split = np.full(len(rows), -1, np.int8) if chunk.splits is None else chunk.splits
                 with full_disk_is_clear(self.work):
-                    codes.write(memoryview(np.ascontiguousarray(split)).cast("B"))
+                    codes.write(np.ascontiguousarray(split).data)
                 done += len(rows)
                 self.progress("ingest nodes", done, num_nodes, "rows")
         assert features.entry is not None and labels.entry is not None

@@ -27,7 +27,7 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 def _source(kind: str, arrays: Mapping[str, Any]) -> ArraySource:
     """Make a source of named arrays, some of which are masks; its identity is a digest of their bytes."""
-    columns: dict[str, ArrayColumn] = {}
+    columns: dict[str, Any] = {}
     masks: dict[Split, Column] = {}
     inputs = []
     for name, tensor in arrays.items():
@@ -44,7 +44,7 @@ def _source(kind: str, arrays: Mapping[str, Any]) -> ArraySource:
 
 
 def _digest(array: NDArray[Any]) -> str:
-    return str(xxhash.xxh3_64_hexdigest(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""))
+    return str(xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).data.cast("B") if array.size else b""))
 
 
 def dgl_source(graph: Any) -> ArraySource:

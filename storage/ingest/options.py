@@ -10,10 +10,11 @@ from penstock.storage.rows import RowDtype
 class IngestOptions(BaseModel):
     """How tables become a graph store.
 
-    `undirected` adds the reverse of every edge and merges duplicates, as DGL and PyG do. `deduplicate` merges edges with
-    equal ends; the weights of merged edges are added up. `self_loops` keeps them as they are, removes all, or adds: then
-    every node has exactly one, of weight 1, in place of those it had. `split_fractions` draws train, valid and test
-    where the node table has no split. Column names apply to Parquet; those with a default may be absent.
+    `undirected` adds the reverse of every edge and merges duplicates, as DGL and PyG do. `deduplicate` merges edges
+    with equal ends; the weights of merged edges are added up. `self_loops` keeps them as they are, removes all, or
+    adds: then every node has exactly one, of weight 1, in place of those it had. `split_fractions` draws train, valid
+    and test where the input has no split. Column names apply to Parquet; columns whose names are not set may be
+    absent, but for features, src and dst.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

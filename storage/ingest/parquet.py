@@ -301,7 +301,7 @@ def read_splits(where: str, first_row: int, name: str, column: pa.Array) -> NDAr
     encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
     texts = [str(text).lower() for text in encoded.dictionary.to_pylist()]
     codes = np.array([_SPLIT_NAMES.get(text, -2) for text in texts] + [-1], np.int8)  # the last is for nulls
-    out = codes[encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)]
+    out: NDArray[np.int8] = codes[encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)]
     wrong = np.flatnonzero(out == -2)
     if len(wrong):
         row = int(wrong[0])

@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from penstock.storage.errors import DataError
 from penstock.storage.graph import Split
 
-Ids = NDArray[np.int64] | pa.Array  # integers, or an Arrow array of strings
+Ids: TypeAlias = NDArray[np.int64] | pa.Array  # integers, or an Arrow array of strings
 SPLIT_CODES: dict[Split, int] = {"train": 0, "valid": 1, "test": 2}
 
 
@@ -64,13 +64,33 @@ class Column(Protocol):
 class GraphSource(Protocol):
     """A graph that can be read front to back. All numbers are known before anything is read."""
 
-    kind: str
-    num_nodes: int
-    num_features: int
-    num_edges: int
-    has_weights: bool
-    label_width: int  # 0: one class per node; C: a multi-label task
-    split_ids: Mapping[Split, Column]
+    @property
+    def kind(self) -> str:
+        """What it is, for messages and the manifest."""
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+
+    @property
+    def num_edges(self) -> int:
+        """Rows of the edge table."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether edges have a weight."""
+
+    @property
+    def label_width(self) -> int:
+        """0 for one class per node, C for a multi-label task."""
+
+    @property
+    def split_ids(self) -> Mapping[Split, Column]:
+        """Rows of the nodes of a split, where the node table does not say it."""
 
     def identity(self) -> list[dict[str, Any]]:
         """JSON that changes when the input does."""

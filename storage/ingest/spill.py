@@ -8,9 +8,10 @@ than fit in memory is cut by source), and the order of equal keys is the order i
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +71,11 @@ class BucketWriter:
         if values is not None:
             self._scatter(by, shift, values, ends - counts, ends, self._values)
 
-    def _scatter(
-        self, by: Keys, shift: int, values: NDArray[Any], starts: Any, ends: Any, files: list[BinaryIO]
-    ) -> None:
+    def _scatter(self, by: Keys, shift: int, values: NDArray[Any], starts: Any, ends: Any, files: list[FileIO]) -> None:
         out = np.empty_like(values)
         scatter_by_bucket(by, values, shift, len(files) - 1, starts.copy(), out)
         for n in np.flatnonzero(ends > starts).tolist():
-            view = memoryview(out[starts[n] : ends[n]]).cast("B")
+            view = out[starts[n] : ends[n]].data.cast("B")
             with full_disk_is_clear(self._paths[n][0]):
                 while view:  # a raw write may be short
                     view = view[files[n].write(view) :]
@@ -165,11 +164,11 @@ class Sorter:
 
 
 def _read_into(path: Path, first: int, out: NDArray[Any]) -> NDArray[Any]:
-    view = memoryview(out).cast("B")
+    view = out.data.cast("B")
     with open(path, "rb", buffering=0) as file:
         file.seek(first * out.itemsize, os.SEEK_SET)
         while view:
-            count = file.readinto(view)  # type: ignore[attr-defined]  # typeshed forgets it for raw files
+            count = file.readinto(view)
             if not count:
                 raise FormatError(f"{path} is shorter than was written; delete the unfinished folder and start again")
             view = view[count:]

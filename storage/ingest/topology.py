@@ -39,7 +39,7 @@ class GrowingNpy:
     def append(self, values: NDArray[Any]) -> None:
         """Add values, cast to the file's dtype."""
         with full_disk_is_clear(self.path):
-            self._file.write(memoryview(np.ascontiguousarray(values, self.dtype)).cast("B"))
+            self._file.write(np.ascontiguousarray(values, self.dtype).data)
         self.length += len(values)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
