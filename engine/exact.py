@@ -53,6 +53,14 @@ class LayerTable:
         """Map the table read-only, float32 [num_rows, width]."""
         return open_npy(self.path)
 
+    def below(self, layer: int) -> "LayerTable":
+        """The table of an earlier layer of the same pass, which has all nodes; the table itself for its own layer."""
+        if layer == self.layer:
+            return self
+        path = self.path.with_name(f"layer-{layer}.npy")
+        num_rows, width = open_npy(path).shape
+        return LayerTable(path=path, layer=layer, num_rows=num_rows, width=width, ids=None)
+
     def positions(self, node_ids: NDArray[Any]) -> NDArray[Any]:
         """Rows of nodes; ValueError for a node that is not in the table."""
         if self.ids is None:
@@ -235,4 +243,4 @@ def _run_layers(
 
 
 def _digest(ids: NDArray[Any] | None) -> str:
-    return "all" if ids is None else str(xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, np.int64)))
+    return "all" if ids is None else str(xxhash.xxh3_64_hexdigest(ids.astype(np.int64).tobytes()))

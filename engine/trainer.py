@@ -187,7 +187,7 @@ class Trainer:
             logits = self.model(batch.blocks, batch.features)
         loss = node_loss(logits, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.config.grad_clip is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)

@@ -1,0 +1,138 @@
+"""Write embeddings and predictions of a trained model to Parquet, under the user's own node ids."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from penstock.engine.exact import LayerTable, exact_embeddings
+from penstock.engine.minibatch import MiniBatch
+from penstock.storage.budget import require_free_disk
+from penstock.storage.export import NodeTableWriter
+from penstock.storage.graph import GraphStore
+from penstock.storage.progress import Progress, silent
+
+_ROWS = 1 << 16  # rows per group of the Parquet file
+_Part = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]  # node ids, embeddings, logits
+
+
+def _num_layers(model: nn.Module) -> int:
+    layers = getattr(model, "layers", None)
+    if layers is None or not hasattr(model, "layer_forward"):
+        raise ValueError(
+            f"{type(model).__name__} has no `layers` with layer_forward(layer, block, x), so its embeddings cannot be "
+            "told from its predictions; add them to the model"
+        )
+    return len(layers)
+
+
+def _predictions(logits: NDArray[np.float32], multi_label: bool) -> NDArray[Any]:
+    """The best class int64 [n], or whether each label applies uint8 [n, C]."""
+    return (logits > 0).astype(np.uint8) if multi_label else logits.argmax(axis=1).astype(np.int64)
+
+
+def _write(graph: GraphStore, out: Path, widths: tuple[int, int], parts: Iterator[_Part]) -> int:
+    embedding_width, num_classes = widths
+    multi_label = graph.meta.multi_label
+    columns = {
+        "embedding": ("float32", embedding_width),
+        "logits": ("float32", num_classes),
+        "prediction": ("uint8", num_classes) if multi_label else ("int64", 0),
+    }
+    with NodeTableWriter(out, graph, columns) as writer:
+        for ids, embeddings, logits in parts:
+            values = {"embedding": embeddings, "logits": logits, "prediction": _predictions(logits, multi_label)}
+            writer.append(ids, values)
+    return writer.num_rows
+
+
+def _table_parts(
+    embeddings: LayerTable, logits: LayerTable, nodes: NDArray[Any] | None, num_nodes: int
+) -> Iterator[_Part]:
+    embedding_rows, logit_rows = embeddings.open(), logits.open()
+    total = num_nodes if nodes is None else len(nodes)
+    for lo in range(0, total, _ROWS):
+        ids = np.arange(lo, min(lo + _ROWS, total)) if nodes is None else nodes[lo : lo + _ROWS]
+        yield ids, embedding_rows[embeddings.positions(ids)], logit_rows[logits.positions(ids)]
+
+
+def infer_to_parquet(
+    model: nn.Module,
+    graph: GraphStore,
+    out: Path,
+    scratch: Path,
+    *,
+    host_memory: int,
+    threads: int,
+    device: torch.device | str = "cpu",
+    nodes: NDArray[Any] | None = None,
+    embedding_layer: int | None = None,
+    progress: Progress = silent,
+) -> int:
+    """Write `id, embedding, logits, prediction` for `nodes` (ascending; all by default), exact over all neighbours.
+
+    The embedding is the output of layer `embedding_layer` (1 is the first), by default the last but one, or the logits
+    where the model has one layer. Returns the number of rows. Memory, disk and resuming are as for `exact_embeddings`.
+    """
+    num_layers = _num_layers(model)
+    layer = embedding_layer or max(1, num_layers - 1)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
+    nodes = None if nodes is None else np.unique(nodes)
+    logits = exact_embeddings(
+        model,
+        graph,
+        scratch,
+        host_memory=host_memory,
+        threads=threads,
+        device=device,
+        targets=nodes,
+        progress=progress,
+    )
+    embeddings = logits.below(layer)
+    num_rows = graph.num_nodes if nodes is None else len(nodes)
+    require_free_disk(out.parent, num_rows * 4 * (embeddings.width + logits.width), f"the node table {out.name}")
+    return _write(
+        graph, out, (embeddings.width, logits.width), _table_parts(embeddings, logits, nodes, graph.num_nodes)
+    )
+
+
+@torch.no_grad()
+def infer_feed_to_parquet(
+    model: nn.Module, graph: GraphStore, out: Path, feed: Iterable[MiniBatch], *, embedding_layer: int | None = None
+) -> int:
+    """As `infer_to_parquet`, for the seeds of a feed, over the neighbours that were sampled for them."""
+    num_layers = _num_layers(model)
+    layer = embedding_layer or max(1, num_layers - 1)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
+    was_training = model.training
+    model.eval()
+    try:
+        parts = _feed_parts(model, feed, layer, num_layers)
+        first = next(parts, None)
+        if first is None:
+            raise ValueError("the feed has no items, so there is nothing to write; choose a split that has nodes")
+        widths = (first[1].shape[1], first[2].shape[1])
+        return _write(graph, out, widths, _chain(first, parts))
+    finally:
+        model.train(was_training)
+
+
+def _chain(first: _Part, rest: Iterator[_Part]) -> Iterator[_Part]:
+    yield first
+    yield from rest
+
+
+def _feed_parts(model: nn.Module, feed: Iterable[MiniBatch], layer: int, num_layers: int) -> Iterator[_Part]:
+    for batch in feed:
+        x: Tensor = batch.features
+        for n in range(num_layers):
+            x = model.layer_forward(n, batch.blocks[n], x)  # type: ignore[operator]  # checked by _num_layers
+            if n + 1 == layer:
+                embeddings = x[: batch.num_seeds].float().cpu().numpy().copy()
+        yield batch.seeds.cpu().numpy().copy(), embeddings, x.float().cpu().numpy().copy()
