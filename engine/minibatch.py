@@ -96,4 +96,5 @@ class MiniBatch:
 
 def _map_tensors(value: _Held, function: Callable[[Tensor], Tensor]) -> _Held:
     found = {field.name: getattr(value, field.name) for field in fields(value)}
-    return replace(value, **{name: function(v) for name, v in found.items() if isinstance(v, Tensor)})
+    changed: dict[str, Any] = {name: function(held) for name, held in found.items() if isinstance(held, Tensor)}
+    return replace(value, **changed)
