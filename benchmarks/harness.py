@@ -14,7 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from penstock.storage.budget import num_threads, total_memory
+import xxhash
+
+from penstock.storage.budget import available_memory, num_threads, total_memory
+from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.graph import GraphStore
 
 _PACKAGES = ("numpy", "numba", "torch", "dgl", "torch_geometric")
 
@@ -94,3 +98,9 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """Make a folder on a real disk for the bench, and delete it afterwards."""
     with TemporaryDirectory(prefix="penstock-bench-", dir=parent) as folder:
         yield Path(folder)
+
+
+def open_bench_graph(folder: Path, config: GenerateConfig) -> GraphStore:
+    """Open the synthetic graph of this config under `folder`; the first call generates it."""
+    digest = xxhash.xxh3_64_hexdigest(config.model_dump_json().encode())
+    return generate_graph(folder / f"graph-{digest}", config, host_memory=available_memory() // 4)
