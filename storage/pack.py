@@ -7,9 +7,9 @@ window `window-000000.pack`, `window-000000.residents.npy` and `window-000000.js
 `residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
 Where packs are cycled, the last window also has `window-NNNNNN.wrap.npy`, int32 [2, n]: after its last item the row of
 host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0. All moves
-happen at once (read every source before its slot is overwritten). They are ordered so that this is easy in place: a move
-that reads a slot stands before the one that writes it, but for the last move of a cycle, which reads what the first one
-of the cycle has overwritten.
+happen at once (read every source before its slot is overwritten). They are ordered so that this is easy in place: a
+move that reads a slot stands before the one that writes it, but for the last move of a cycle, which reads what the
+first one of the cycle has overwritten.
 
 Window file: [shared segment, padded to pages] [extent of item 0] [extent of item 1] ... Extent, little-endian:
 
@@ -26,11 +26,13 @@ Window file: [shared segment, padded to pages] [extent of item 0] [extent of ite
 Extent rows are numbered private rows first, then shared rows. Letters: M input nodes, D and H device and host slots.
 """
 
+import json
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.directio import page_up
@@ -104,6 +106,13 @@ def layout_extent(
         num_rows=num_rows,
         row_bytes=row_bytes,
     )
+
+
+def feed_memory(*, host_slots: int, row_bytes: int, max_extent_bytes: int, max_inputs: int, width: int) -> int:
+    """Host memory that a feed of such packs needs at least: the host tier, two extents in flight, and two batches of
+    features decoded to float32 [max_inputs, width]. The planner sizes the host tier with it.
+    """
+    return host_slots * row_bytes + 2 * max_extent_bytes + 2 * max_inputs * width * 4
 
 
 def encode_extent_head(head: ExtentHead, out: NDArray[np.uint8]) -> None:
@@ -196,7 +205,7 @@ class PackSetMeta:
 
 def trace_digest(meta: TraceMeta) -> str:
     """A digest of how a trace was sampled and of which graph; pack sets record it."""
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(asdict(meta), sort_keys=True)))
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(asdict(meta), sort_keys=True).encode()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,9 +234,10 @@ def has_window(folder: Path, window: int) -> bool:
 
 def read_pack_index(folder: Path, window: int) -> PackIndex:
     """Read a finished window's index; FormatError where it is damaged or its pack has another size."""
-    value = read_json(folder / window_name(window, "json"))
+    pairs = read_json(folder / window_name(window, "json")).items()
+    value: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in pairs}
     try:
-        index = PackIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+        index = PackIndex(**value)
     except TypeError as error:
         raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error}); pack again") from error
     pack = folder / window_name(window, "pack")

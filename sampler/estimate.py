@@ -1,0 +1,166 @@
+"""What a plan will cost, before a byte is packed: bytes per tier, time from a short measurement of the disk.
+
+Times are those of reading alone: computing hides them where it is slower. All rates are measured past the page cache.
+"""
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from penstock.storage.budget import GIB, MIB, format_bytes
+from penstock.storage.directio import IO_BYTES, PAGE, DirectFile, aligned_buffer
+
+_PROBE_BYTES = 64 * MIB
+_RANDOM_THREADS = 16
+_RANDOM_S = 0.1
+Layout = Literal["private", "shared"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRates:
+    """Bytes per second of large sequential transfers, and 4 KiB random reads per second with 16 in flight."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    random_reads_per_s: float
+
+
+def _random_reads(file: DirectFile, seconds: float) -> float:
+    end = time.perf_counter() + seconds
+
+    def count_reads(seed: int) -> int:
+        rng, buffer, done = np.random.default_rng(seed), aligned_buffer(PAGE), 0
+        while time.perf_counter() < end:
+            file.read_into(buffer, int(rng.integers(_PROBE_BYTES // PAGE)) * PAGE, PAGE)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(_RANDOM_THREADS) as pool:
+        return sum(pool.map(count_reads, range(_RANDOM_THREADS))) / seconds
+
+
+def measure_disk(folder: Path) -> DiskRates:
+    """Write, read and sample a 64 MiB file in `folder`, in about half a second; the file is removed."""
+    path = folder / f".penstock-probe-{os.getpid()}"
+    buffer = aligned_buffer(IO_BYTES)
+    buffer[:] = np.random.default_rng(0).integers(0, 256, len(buffer), np.uint8)
+    try:
+        with DirectFile(path, "write") as file:
+            file.reserve(_PROBE_BYTES)
+            start = time.perf_counter()
+            for offset in range(0, _PROBE_BYTES, IO_BYTES):
+                file.write_from(buffer, offset, IO_BYTES)
+            file.sync()
+            write_s = time.perf_counter() - start
+        with DirectFile(path, "read") as file:
+            start = time.perf_counter()
+            for offset in range(0, _PROBE_BYTES, IO_BYTES):
+                file.read_into(buffer, offset, IO_BYTES)
+            read_s = time.perf_counter() - start
+            random_reads = _random_reads(file, _RANDOM_S)
+    finally:
+        path.unlink(missing_ok=True)
+    return DiskRates(
+        read_bytes_per_s=_PROBE_BYTES / max(read_s, 1e-9),
+        write_bytes_per_s=_PROBE_BYTES / max(write_s, 1e-9),
+        random_reads_per_s=max(random_reads, 1.0),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """The figures of a plan. `*_rows` and `*_bytes_per_epoch` are means over the epochs of the trace.
+
+    `read_amplification` is pack bytes read over bytes of missing rows; `break_even_epochs` after how many epochs
+    packing has paid off against reading missing rows in 4 KiB pieces from the feature table, None where it never does.
+    """
+
+    mode: Literal["reuse", "rolling"]
+    layout: Layout
+    policy: str
+    row_dtype: str
+    row_bytes: int
+    num_items: int
+    items_per_epoch: int
+    window_items: int
+    num_windows: int
+    device_slots: int
+    host_slots: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    input_rows_per_epoch: int
+    device_hit_rows_per_epoch: int
+    host_hit_rows_per_epoch: int
+    missing_rows_per_epoch: int
+    missing_bytes_per_epoch: int
+    read_bytes_per_epoch: int
+    read_amplification: float
+    pack_bytes: int
+    feature_bytes: int
+    pack_over_features: float
+    scratch_bytes: int
+    disk_needed_bytes: int
+    host_needed_bytes: int
+    planning_memory_bytes: int
+    max_extent_bytes: int
+    max_inputs: int
+    read_s_per_epoch: float
+    pack_s: float
+    random_read_s_per_epoch: float
+    break_even_epochs: int | None
+    disk_rates: DiskRates
+
+
+def random_read_s(missing_rows: float, row_bytes: int, rates: DiskRates) -> float:
+    """Time to read rows one by one in the 4 KiB pages that hold them (a row straddles a boundary now and then)."""
+    pages = 1 + (row_bytes - 1) / PAGE
+    return missing_rows * pages / rates.random_reads_per_s
+
+
+def sequential_s(read_bytes: float, num_reads: float, rates: DiskRates) -> float:
+    """Time to read long runs: the bytes at full rate, and one random read's share per run."""
+    return read_bytes / rates.read_bytes_per_s + num_reads / rates.random_reads_per_s
+
+
+def break_even(pack_s: float, random_s: float, packed_s: float) -> int | None:
+    """Epochs after which packing once and reading packs beats random reads."""
+    return math.ceil(pack_s / (random_s - packed_s)) if random_s > packed_s else None
+
+
+def summary_rows(summary: PlanSummary) -> list[tuple[str, str]]:
+    """What `penstock plan` prints: pairs of a label and a value."""
+    rows = max(1, summary.input_rows_per_epoch)
+    rates = summary.disk_rates
+
+    def tier(hit_rows: int) -> str:
+        return f"{format_bytes(hit_rows * summary.row_bytes)} per epoch ({100 * hit_rows / rows:.1f} % of rows)"
+
+    return [
+        ("mode", f"{summary.mode}, {summary.layout} rows, policy {summary.policy}, {summary.row_dtype}"),
+        ("items", f"{summary.num_items} ({summary.items_per_epoch} per epoch) in {summary.num_windows} windows"),
+        ("device tier", f"{summary.device_slots} rows, serves {tier(summary.device_hit_rows_per_epoch)}"),
+        ("host tier", f"{summary.host_slots} rows, serves {tier(summary.host_hit_rows_per_epoch)}"),
+        ("from packs", tier(summary.missing_rows_per_epoch)),
+        ("read per epoch", format_bytes(summary.read_bytes_per_epoch)),
+        ("read amplification", f"{summary.read_amplification:.2f}"),
+        ("packs", f"{format_bytes(summary.pack_bytes)}, {summary.pack_over_features:.2f} x the features"),
+        ("disk needed", f"{format_bytes(summary.disk_needed_bytes)} of {format_bytes(summary.disk_bytes)}"),
+        ("host memory needed", f"{format_bytes(summary.host_needed_bytes)} of {format_bytes(summary.host_bytes)}"),
+        ("planning memory", format_bytes(summary.planning_memory_bytes)),
+        (
+            "disk",
+            f"read {rates.read_bytes_per_s / GIB:.2f} GiB/s, write {rates.write_bytes_per_s / GIB:.2f} GiB/s, "
+            f"{rates.random_reads_per_s:.0f} random reads/s",
+        ),
+        ("expected reading", f"{summary.read_s_per_epoch:.1f} s per epoch"),
+        ("packing", f"{summary.pack_s:.1f} s"),
+        ("random 4 KiB reads", f"{summary.random_read_s_per_epoch:.1f} s per epoch instead"),
+        ("break-even", "never" if (epochs := summary.break_even_epochs) is None else f"after {epochs} epochs"),
+    ]

@@ -1,0 +1,166 @@
+"""How many rows the tiers hold under the budgets.
+
+The host budget must hold the host tier, two extents and two batches, and extents shrink as the tier grows. The miss
+counts of a static tier are known for every size from one pass over the trace; they pick a first size, which replays
+of the real policy then correct until memory is neither exceeded nor left unused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.kernels.plan import histogram, histogram_of
+from penstock.sampler.movement import Census, FutureUses, InputIds, LapCounts, Tiers, settle
+from penstock.sampler.policies import PolicyName
+from penstock.storage.budget import format_bytes
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.pack import feed_memory, layout_extent
+from penstock.storage.rows import RowFormat
+
+_MAX_REPLAYS = 4
+_SLACK = 0.03  # of the budget: less unused memory than that is not worth another replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemSizes:
+    """What is known of the items before planning: inputs and payload bytes, int64 [T] each, and the packed rows."""
+
+    num_inputs: NDArray[np.int64]
+    payload_bytes: NDArray[np.int64]
+    row_format: RowFormat
+    margin: float = 1.0  # over the largest item seen, where larger ones may come
+
+    @property
+    def max_inputs(self) -> int:
+        """Inputs of the largest item."""
+        return int(self.num_inputs.max(initial=0))
+
+    def extent_bytes(self, misses: NDArray[np.int64], admits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Size of every item's extent, int64 [T], shared rows not counted."""
+        rows = zip(self.payload_bytes, self.num_inputs, admits, misses, strict=True)
+        sizes = [
+            layout_extent(
+                item=0,
+                payload_bytes=int(payload),
+                num_inputs=int(inputs),
+                num_admits=int(num_admits),
+                num_runs=0,
+                num_shared=0,
+                num_rows=int(num_rows),
+                row_bytes=self.row_format.row_bytes,
+            ).extent_bytes
+            for payload, inputs, num_admits, num_rows in rows
+        ]
+        return np.array(sizes, np.int64)
+
+    def memory(self, host_slots: int, max_extent_bytes: int) -> int:
+        """Host memory that feeding these items takes."""
+        return feed_memory(
+            host_slots=host_slots,
+            row_bytes=self.row_format.row_bytes,
+            max_extent_bytes=int(max_extent_bytes * self.margin),
+            max_inputs=int(self.max_inputs * self.margin),
+            width=self.row_format.width,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissCurve:
+    """A static host tier at every size that takes in all rows of some access count.
+
+    `slots` int64 [C] ascending from 0; `extents` int64 [C] the largest extent then.
+    """
+
+    slots: NDArray[np.int64]
+    extents: NDArray[np.int64]
+
+
+def miss_curve(ids: InputIds, sizes: ItemSizes, counts: NDArray[np.int32], device: NDArray[np.int32]) -> MissCurve:
+    """Replay the static policy at all sizes at once; `device` int32 [N] is negative for rows not in the device tier."""
+    width = int(counts.max(initial=0)) + 1
+    totals, of_item = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    histogram(counts, device, totals)
+    totals[0] = 0
+    slots = np.concatenate([[0], np.cumsum(totals[:0:-1])])  # size c holds all rows with count > width - 1 - c
+    extents = np.zeros(len(slots), np.int64)
+    base = sizes.extent_bytes(np.zeros_like(sizes.num_inputs), np.zeros_like(sizes.num_inputs))
+    for item in range(len(sizes.num_inputs)):
+        of_item[:] = 0
+        histogram_of(ids(item), counts, device, of_item)
+        misses = of_item.sum() - np.concatenate([[0], np.cumsum(of_item[:0:-1])])
+        np.maximum(extents, base[item] + misses * (sizes.row_format.row_bytes + 2), out=extents)
+    return MissCurve(slots=slots, extents=extents)
+
+
+def _fitting_slots(curve: MissCurve, sizes: ItemSizes, host_bytes: int) -> int:
+    """The largest static tier that fits, interpolated between the sizes of the curve; the leanest if none does."""
+    need = _needs(curve, sizes)
+    fits = np.flatnonzero(need <= host_bytes)
+    if len(fits) == 0:
+        return _leanest(curve, sizes)
+    last = int(fits[-1])
+    if last == len(need) - 1:
+        return int(curve.slots[last])
+    share = (host_bytes - need[last]) / (need[last + 1] - need[last])
+    return int(curve.slots[last] + share * (curve.slots[last + 1] - curve.slots[last]))
+
+
+def choose_host_slots(
+    replay: Callable[[int], LapCounts], *, sizes: ItemSizes, curve: MissCurve, host_bytes: int, movable: bool
+) -> int:
+    """Find the largest host tier that fits with its extents; `replay(slots)` counts misses under the real policy.
+
+    `movable` False means no host tier. Raises DoesNotFit, naming the smallest --host-memory that would do: that of the
+    leanest static size, or of none, which do not depend on the budget.
+    """
+
+    def need(slots: int) -> int:
+        counts = replay(slots)
+        return sizes.memory(slots, int(sizes.extent_bytes(counts.misses, counts.admits).max(initial=0)))
+
+    best, slots, largest = -1, _fitting_slots(curve, sizes, host_bytes), int(curve.slots[-1])
+    for _ in range(_MAX_REPLAYS if movable else 0):
+        spare = host_bytes - need(slots)
+        if spare >= 0:
+            best = max(best, slots)
+        following = min(max(0, slots + spare // sizes.row_format.row_bytes), largest)
+        if following == slots or 0 <= spare < _SLACK * host_bytes or (spare < 0 <= best):
+            break
+        slots = following
+    if best >= 0:
+        return best
+    smallest = 2**62
+    for slots in [_leanest(curve, sizes), 0] if movable else [0]:
+        smallest = min(smallest, found := need(slots))
+        if found <= host_bytes:
+            return slots
+    raise DoesNotFit(
+        f"--host-memory {format_bytes(host_bytes)} ({host_bytes} bytes) cannot hold two extents and two batches of "
+        f"the largest item; use --host-memory {smallest} or more, a smaller batch size or smaller fanouts"
+    )
+
+
+def _needs(curve: MissCurve, sizes: ItemSizes) -> NDArray[np.int64]:
+    pairs = zip(curve.slots.tolist(), curve.extents.tolist(), strict=True)
+    return np.array([sizes.memory(slots, extent) for slots, extent in pairs], np.int64)
+
+
+def _leanest(curve: MissCurve, sizes: ItemSizes) -> int:
+    return int(curve.slots[int(_needs(curve, sizes).argmin())])
+
+
+def settle_with(
+    ids: InputIds,
+    sizes: ItemSizes,
+    census: Census,
+    future: FutureUses | None,
+    *,
+    policy: PolicyName,
+    num_device: int,
+    num_host: int,
+) -> tuple[Tiers, LapCounts]:
+    """Make the tiers, run them in, and count a lap."""
+    tiers = Tiers(census.counts, policy=policy, num_device=num_device, num_host=num_host, max_inputs=sizes.max_inputs)
+    return tiers, settle(tiers, ids, len(sizes.num_inputs), future)
