@@ -147,7 +147,7 @@ def load_class(path: str) -> type[nn.Module]:
         classes = [
             key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
         ]
-        near = get_close_matches(name, classes, 1) or classes
+        near = get_close_matches(name, classes, 1) or classes[:8]
         what = "is no subclass of torch.nn.Module" if found is not None else "does not exist"
         raise ValueError(f"{name!r} in {module_name} {what}; it has {', '.join(near) or 'no nn.Module at all'}")
     return found
@@ -185,15 +185,15 @@ def layer_forward(model: nn.Module, layer: int, block: Block, x: Tensor) -> Tens
     return layers[layer](block, x)  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
 def check_layer_forward(model: nn.Module, blocks: Sequence[Block], x: Tensor) -> None:
     """Raise ValueError unless the layers one by one give what `model(blocks, x)` gives, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
-        whole, by_layer = model(blocks, x), x
-        for layer, block in enumerate(blocks):
-            by_layer = layer_forward(model, layer, block, by_layer)
+        with torch.no_grad():
+            whole, by_layer = model(blocks, x), x
+            for layer, block in enumerate(blocks):
+                by_layer = layer_forward(model, layer, block, by_layer)
     finally:
         model.train(was_training)
     if whole.shape != by_layer.shape or not torch.allclose(whole, by_layer, rtol=1e-3, atol=1e-4):
