@@ -54,7 +54,7 @@ def evaluate_exact(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> dict[Split, Metrics]:
-    """Score a model on splits with all in-neighbours of every node; see `exact.exact_embeddings` for memory and disk."""
+    """Score a model on splits over all in-neighbours; see `exact.exact_embeddings` for memory and disk."""
     splits = list(splits)
     targets = np.concatenate([graph.split_ids(split) for split in splits])
     table = exact_embeddings(

@@ -21,6 +21,7 @@ from torch import nn
 
 from penstock.engine.checkpoint import model_checksum
 from penstock.engine.minibatch import Block
+from penstock.engine.models import check_layer_forward, layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
 from penstock.engine.topology import ChunkCosts, InEdges
 from penstock.storage.budget import format_bytes, require_free_disk
@@ -71,30 +72,43 @@ class LayerTable:
         return rows
 
 
-def _single_block() -> Block:
+def count_layers(model: nn.Module) -> int:
+    """L; ValueError where the model cannot be computed layer by layer because it has no `layers`."""
+    layers = getattr(model, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no `layers`, so it cannot be computed layer by layer; give it `layers` and "
+            "layer_forward(layer, block, x), or evaluate by sampling"
+        )
+    return len(layers)
+
+
+def _single_block(device: torch.device) -> Block:
     return Block(
         num_src=1,
         num_dst=1,
-        indptr=torch.tensor([0, 1], dtype=torch.int32),
-        indices=torch.zeros(1, dtype=torch.int32),
-        edge_weights=torch.ones(1),
-        src_degrees=torch.ones(1, dtype=torch.int32),
+        indptr=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        indices=torch.zeros(1, dtype=torch.int32, device=device),
+        edge_weights=torch.ones(1, device=device),
+        src_degrees=torch.ones(1, dtype=torch.int32, device=device),
     )
 
 
 def _layer_widths(model: nn.Module, num_features: int, num_layers: int, device: torch.device) -> list[int]:
     """Columns of every layer's input, and of the last one's output, found by running one node through."""
-    widths, x = [num_features], torch.zeros(1, num_features, device=device)
+    block, x = _single_block(device), torch.linspace(-1, 1, num_features, device=device)[None]
+    if not hasattr(model, "layer_forward"):
+        check_layer_forward(model, [block] * len(model.layers), x)  # type: ignore[arg-type]  # a ModuleList
+    widths = [num_features]
     for layer in range(num_layers):
-        x = model.layer_forward(layer, _single_block().to(device), x)  # type: ignore[operator]  # checked by the caller
+        x = layer_forward(model, layer, block, x)
         widths.append(x.shape[1])
     return widths
 
 
 def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, num_nodes: int) -> ChunkCosts:
-    layers = getattr(model, "layers", None)
-    params = list((layers[layer] if layers is not None else model).parameters())
-    wide = max([row_format.width, out_width, *(max(p.shape, default=1) for p in params)])
+    params = list(model.layers[layer].parameters())  # type: ignore[index, union-attr]  # a ModuleList
+    wide = max([out_width, *(len(p) for p in params if p.ndim)])  # outputs come first in torch's weights
     heads = max([1, *(p.shape[-2] for p in params if p.ndim == 3)])
     decode = 0 if row_format.dtype == "float32" else 4 * row_format.width
     return ChunkCosts(
@@ -105,62 +119,70 @@ def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, 
     )
 
 
-def _is_finished(scratch: Path, layer: int, key: dict[str, Any]) -> bool:
-    table, marker = scratch / f"layer-{layer}.npy", scratch / f"layer-{layer}.json"
-    if not (table.is_file() and marker.is_file()):
-        return False
-    found = read_json(marker)
-    return bool(found["key"] == key and found["bytes"] == table.stat().st_size)
-
-
 class _Pass:
-    """One layer over all its destinations."""
+    """One layer over all its destinations: `source` None is the feature table, `out` what is written."""
 
     def __init__(
-        self, model: nn.Module, graph: GraphStore, layer: int, source: LayerTable | None, width: int, threads: int
+        self, model: nn.Module, graph: GraphStore, source: LayerTable | None, out: LayerTable, threads: int
     ) -> None:
-        self.model, self.graph, self.layer, self.width, self.threads = model, graph, layer, width, threads
+        self.model, self.graph, self.out, self.threads = model, graph, out, threads
+        self.edges = InEdges(graph, out.ids)
         self.path = source.path if source else graph.feature_path
         self.row_format = source.row_format if source else graph.row_format
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.costs = _costs(model, layer, self.row_format, width, graph.num_nodes)
+        self.costs = _costs(model, out.layer - 1, self.row_format, out.width, graph.num_nodes)
         self._rows = np.empty((0, self.row_format.row_bytes), np.uint8)
 
-    def split_budget(self, host_memory: int, max_degree: int) -> tuple[bool, int]:
+    def is_finished(self, key: dict[str, Any]) -> bool:
+        """Whether an earlier call has written this very table."""
+        marker = self.out.path.with_suffix(".json")
+        if not (self.out.path.is_file() and marker.is_file()):
+            return False
+        found = read_json(marker)
+        return bool(found["key"] == key and found["bytes"] == self.out.path.stat().st_size)
+
+    def split_budget(self, host_memory: int) -> tuple[bool, int]:
         """Whether the source table is held in memory, and the bytes left for a chunk; DoesNotFit where too few are."""
         table_bytes = self.graph.num_nodes * self.row_format.row_bytes
+        read_bytes = buffer_bytes(self.row_format.row_bytes)
+        max_degree = self.edges.max_degree
         hub_bytes = int(self.costs.chunk(1, max_degree))
-        if host_memory - table_bytes >= max(hub_bytes, host_memory // 4):
+        resident_bytes = max(table_bytes + hub_bytes, -(-4 * table_bytes // 3))  # a quarter is left for chunks
+        if host_memory >= resident_bytes:
             return True, host_memory - table_bytes
-        chunk_bytes = host_memory - buffer_bytes(self.row_format.row_bytes)
-        if chunk_bytes < hub_bytes:
+        if host_memory < read_bytes + hub_bytes:
             raise DoesNotFit(
-                f"layer {self.layer} needs {format_bytes(hub_bytes)} for the node with {max_degree} in-neighbours, "
-                f"host_memory={format_bytes(host_memory)} leaves {format_bytes(max(0, chunk_bytes))}; give it at least "
-                f"{hub_bytes + buffer_bytes(self.row_format.row_bytes)} bytes, or evaluate on sampled neighbours"
+                f"layer {self.out.layer} needs {format_bytes(hub_bytes)} for the node with {max_degree} in-neighbours "
+                f"and {format_bytes(read_bytes)} to read, host_memory is {format_bytes(host_memory)}; give it at least "
+                f"{min(resident_bytes, read_bytes + hub_bytes)} bytes, or evaluate on sampled neighbours"
             )
-        return False, chunk_bytes
+        return False, host_memory - read_bytes
 
-    def run(self, edges: InEdges, out: Path, host_memory: int, progress: Progress) -> str:
-        """Write the layer's table and return its checksum."""
-        resident, chunk_bytes = self.split_budget(host_memory, edges.max_degree())
+    def run(self, key: dict[str, Any], host_memory: int, progress: Progress) -> None:
+        """Write the layer's table, then the marker that says so."""
+        resident, chunk_bytes = self.split_budget(host_memory)
         if self.device.type == "cuda":
             chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(self.device)[0] // 2)
-        needs_degrees = bool(getattr(self.model, "needs_degrees", True))
+        out, marker = self.out, self.out.path.with_suffix(".json")
+        marker.unlink(missing_ok=True)  # before the table that it speaks of changes
+        require_free_disk(out.path.parent, out.num_rows * out.width * 4, f"the table of layer {out.layer}")
         row_bytes, num_nodes = self.row_format.row_bytes, self.graph.num_nodes
-        require_free_disk(out.parent, edges.num_dst * self.width * 4, f"the table of layer {self.layer}")
         with (
             RowTable(self.path, row_bytes, num_nodes, resident=resident, threads=self.threads) as table,
-            NpyWriter(out, "<f4", (edges.num_dst, self.width)) as writer,
+            NpyWriter(out.path, "<f4", (out.num_rows, out.width)) as writer,
         ):
-            for lo, hi in edges.chunks(self.costs, chunk_bytes):
-                block, dst, others = edges.block(lo, hi, needs_degrees)
-                x = self._gather(table, dst, others)
-                output = self.model.layer_forward(self.layer, block.to(self.device), x.to(self.device))  # type: ignore[operator]
-                writer.append(output.float().cpu().numpy())
-                progress(f"exact layer {self.layer}", hi, edges.num_dst, "rows")
+            for lo, hi in self.edges.chunks(self.costs, chunk_bytes):
+                writer.append(self._compute(table, lo, hi))
+                progress(f"exact layer {out.layer}", hi, out.num_rows, "rows")
         assert writer.entry is not None
-        return writer.entry.xxh3
+        write_json(marker, {"key": key, "bytes": writer.entry.bytes, "xxh3": writer.entry.xxh3})
+
+    def _compute(self, table: RowTable, lo: int, hi: int) -> NDArray[np.float32]:
+        needs_degrees = bool(getattr(self.model, "needs_degrees", True))
+        block, dst, others = self.edges.block(lo, hi, needs_degrees)
+        x = self._gather(table, dst, others)
+        output = layer_forward(self.model, self.out.layer - 1, block.to(self.device), x.to(self.device))
+        return output.float().cpu().numpy()
 
     def _gather(self, table: RowTable, dst: NDArray[Any], others: NDArray[Any]) -> torch.Tensor:
         count = len(dst) + len(others)
@@ -190,17 +212,12 @@ def exact_embeddings(
 ) -> LayerTable:
     """Compute the outputs of the first `num_layers` layers (all by default), the last one for `targets` only if given.
 
-    The model needs `layer_forward(layer, block, x)`. Memory beyond the model stays within `host_memory` bytes. Tables
-    go to `scratch`; layers finished by an earlier call for the same model, graph and targets are reused.
+    See `models.layer_forward` for what the model must have. Memory beyond the model stays within `host_memory`
+    bytes. Tables go to `scratch`; layers finished by an earlier call for the same model, graph and targets are reused.
     Values are the same for any budget, but for the rounding of matrix products of other sizes.
     Raises DoesNotFit, before a layer is computed, where one node's neighbourhood alone exceeds the budget.
     """
-    if not hasattr(model, "layer_forward"):
-        raise ValueError(
-            f"{type(model).__name__} has no layer_forward(layer, block, x), so it cannot be computed layer by layer; "
-            "add that method, or evaluate on sampled neighbours"
-        )
-    total = num_layers or len(model.layers)  # type: ignore[arg-type]
+    total = num_layers or count_layers(model)
     was_training, before = model.training, torch.get_num_threads()
     model.to(device).eval()
     torch.set_num_threads(threads)
@@ -225,21 +242,20 @@ def _run_layers(
     scratch.mkdir(parents=True, exist_ok=True)
     ids = None if targets is None else np.unique(targets)
     widths = _layer_widths(model, graph.meta.num_features, total, device)
-    checksum = model_checksum(model)
-    table: LayerTable | None = None
-    for layer in range(total):
-        last = ids if layer == total - 1 else None
-        key = {"model": checksum, "graph": graph.fingerprint, "targets": _digest(last)}
-        path = scratch / f"layer-{layer + 1}.npy"
-        edges = InEdges(graph, last)
-        if not _is_finished(scratch, layer + 1, key):
-            (scratch / f"layer-{layer + 1}.json").unlink(missing_ok=True)  # before the table that it speaks of changes
-            one = _Pass(model, graph, layer, table, widths[layer + 1], threads)
-            xxh3 = one.run(edges, path, host_memory, progress)
-            write_json(path.with_suffix(".json"), {"key": key, "bytes": path.stat().st_size, "xxh3": xxh3})
-        table = LayerTable(path=path, layer=layer + 1, num_rows=edges.num_dst, width=widths[layer + 1], ids=last)
-    assert table is not None
-    return table
+    passes: list[_Pass] = []
+    for layer in range(1, total + 1):
+        last = ids if layer == total else None
+        num_rows = graph.num_nodes if last is None else len(last)
+        path = scratch / f"layer-{layer}.npy"
+        out = LayerTable(path=path, layer=layer, num_rows=num_rows, width=widths[layer], ids=last)
+        passes.append(_Pass(model, graph, passes[-1].out if passes else None, out, threads))
+    key = {"model": model_checksum(model), "graph": graph.fingerprint}
+    due = [one for one in passes if not one.is_finished({**key, "targets": _digest(one.out.ids)})]
+    for one in due:
+        one.split_budget(host_memory)  # all of them before the first is computed
+    for one in due:
+        one.run({**key, "targets": _digest(one.out.ids)}, host_memory, progress)
+    return passes[-1].out
 
 
 def _digest(ids: NDArray[Any] | None) -> str:

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from penstock.engine.exact import LayerTable, exact_embeddings
+from penstock.engine.exact import LayerTable, count_layers, exact_embeddings
 from penstock.engine.minibatch import MiniBatch
+from penstock.engine.models import layer_forward
 from penstock.storage.budget import require_free_disk
 from penstock.storage.export import NodeTableWriter
 from penstock.storage.graph import GraphStore
@@ -20,14 +21,12 @@ _ROWS = 1 << 16  # rows per group of the Parquet file
 _Part = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]  # node ids, embeddings, logits
 
 
-def _num_layers(model: nn.Module) -> int:
-    layers = getattr(model, "layers", None)
-    if layers is None or not hasattr(model, "layer_forward"):
-        raise ValueError(
-            f"{type(model).__name__} has no `layers` with layer_forward(layer, block, x), so its embeddings cannot be "
-            "told from its predictions; add them to the model"
-        )
-    return len(layers)
+def _choose_layer(model: nn.Module, embedding_layer: int | None) -> int:
+    num_layers = count_layers(model)
+    layer = embedding_layer or max(1, num_layers - 1)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
+    return layer
 
 
 def _predictions(logits: NDArray[np.float32], multi_label: bool) -> NDArray[Any]:
@@ -78,10 +77,7 @@ def infer_to_parquet(
     The embedding is the output of layer `embedding_layer` (1 is the first), by default the last but one, or the logits
     where the model has one layer. Returns the number of rows. Memory, disk and resuming are as for `exact_embeddings`.
     """
-    num_layers = _num_layers(model)
-    layer = embedding_layer or max(1, num_layers - 1)
-    if not 1 <= layer <= num_layers:
-        raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
+    layer = _choose_layer(model, embedding_layer)
     nodes = None if nodes is None else np.unique(nodes)
     logits = exact_embeddings(
         model,
@@ -106,14 +102,11 @@ def infer_feed_to_parquet(
     model: nn.Module, graph: GraphStore, out: Path, feed: Iterable[MiniBatch], *, embedding_layer: int | None = None
 ) -> int:
     """As `infer_to_parquet`, for the seeds of a feed, over the neighbours that were sampled for them."""
-    num_layers = _num_layers(model)
-    layer = embedding_layer or max(1, num_layers - 1)
-    if not 1 <= layer <= num_layers:
-        raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
+    layer = _choose_layer(model, embedding_layer)
     was_training = model.training
     model.eval()
     try:
-        parts = _feed_parts(model, feed, layer, num_layers)
+        parts = _feed_parts(model, feed, layer)
         first = next(parts, None)
         if first is None:
             raise ValueError("the feed has no items, so there is nothing to write; choose a split that has nodes")
@@ -128,11 +121,11 @@ def _chain(first: _Part, rest: Iterator[_Part]) -> Iterator[_Part]:
     yield from rest
 
 
-def _feed_parts(model: nn.Module, feed: Iterable[MiniBatch], layer: int, num_layers: int) -> Iterator[_Part]:
+def _feed_parts(model: nn.Module, feed: Iterable[MiniBatch], layer: int) -> Iterator[_Part]:
     for batch in feed:
         x: Tensor = batch.features
-        for n in range(num_layers):
-            x = model.layer_forward(n, batch.blocks[n], x)  # type: ignore[operator]  # checked by _num_layers
+        for n, block in enumerate(batch.blocks):
+            x = layer_forward(model, n, block, x)
             if n + 1 == layer:
                 embeddings = x[: batch.num_seeds].float().cpu().numpy().copy()
         yield batch.seeds.cpu().numpy().copy(), embeddings, x.float().cpu().numpy().copy()

@@ -5,6 +5,7 @@ Letters: D destinations, S sources, E edges of a chunk.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class InEdges:
         shifts = np.repeat(starts - np.concatenate([[0], np.cumsum(degrees)[:-1]]), degrees)
         return open_npy(path)[shifts + np.arange(int(degrees.sum()))]
 
+    @cached_property
     def max_degree(self) -> int:
         """The largest in-degree of a destination."""
         most = 0
