@@ -1,7 +1,7 @@
 """Gather sampled ids and number them: global node ids to local ids, in the order of first appearance.
 
-First appearance was measured against ascending ids per hop: a whole item takes 7 % less, gathers of rows take as long, and
-the aggregation finds the sources that a destination is first to name side by side.
+First appearance was measured against ascending ids per hop: a whole item takes 7 % less, gathers of rows take as long,
+and the aggregation finds the sources that a destination is first to name side by side.
 
 An item's nodes are numbered through a table, int32 [N] of -1 between items, or where N is huge through a hash
 table: `hash_ids` id [capacity] of -1, `hash_locals` int32 [capacity], capacity a power of two above the item's nodes,

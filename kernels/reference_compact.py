@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.kernels.rng import mix
+from penstock.kernels.reference_rng import mix
 
 
 def gather_flat(values, positions, lo, hi, out):  # type: ignore[no-untyped-def]
@@ -42,7 +42,7 @@ def compact_table(ids, lo, hi, table, nodes, num_nodes, local):  # type: ignore[
 
 
 def _find(node: Any, hash_ids: NDArray[Any]) -> int:
-    slot = int(mix(np.uint64(node))) % len(hash_ids)
+    slot = mix(node) % len(hash_ids)
     while hash_ids[slot] not in (node, -1):
         slot = (slot + 1) % len(hash_ids)
     return slot

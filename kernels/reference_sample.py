@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from penstock.kernels.rng import below, draw, fold
+from penstock.kernels.reference_rng import below, draw, fold
 
 
 def count_edges(indptr, nodes, lo, hi, fanout, replace, starts, degrees, offsets):  # type: ignore[no-untyped-def]
@@ -14,11 +14,11 @@ def count_edges(indptr, nodes, lo, hi, fanout, replace, starts, degrees, offsets
         offsets[i + 1] = wanted if replace and end > start else min(wanted, end - start)
 
 
-def _floyd(key: np.uint64, degree: int, num_draws: int) -> set[int]:
+def _floyd(key: int, degree: int, num_draws: int) -> set[int]:
     chosen: set[int] = set()
     for k in range(num_draws):
         last = degree - num_draws + k
-        position = int(below(draw(key, k), last + 1))
+        position = below(draw(key, k), last + 1)
         chosen.add(last if position in chosen else position)
     return chosen
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from penstock.kernels.rng import draw, fold, unit
+from penstock.kernels.reference_rng import draw, fold, unit
 
 
 def count_weighted(indptr, weights, nodes, lo, hi, fanout, replace, starts, degrees, offsets):  # type: ignore[no-untyped-def]
