@@ -6,6 +6,7 @@ source n of the block; results have one row per destination, or per edge for `ed
 Letters: S sources, R destinations, E edges of the block, F features, K weights per edge (heads).
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -66,7 +67,7 @@ def aggregate_mean(block: Block, x: Tensor) -> Tensor:
 def aggregate_weighted_mean(block: Block, x: Tensor, weights: Tensor) -> Tensor:
     """Sum of w * x over the sum of w, for weights float32 [E] of the edges; 0 where they sum to 0."""
     total = _segments(block, weights[:, None], "sum")
-    scale = torch.where(total == 0, 0, 1 / total)
+    scale = total.masked_fill(total == 0, math.inf).reciprocal()
     return aggregate_weighted(block, x, weights[:, None]) * scale.to(x.dtype)
 
 
@@ -102,8 +103,8 @@ def aggregate_weighted(block: Block, x: Tensor, weights: Tensor) -> Tensor:
     if _is_native(x):
         out: Tensor = WeightedSum.apply(x.float(), weights.float(), block)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
-    rows = x.index_select(0, block.indices).view(block.num_edges, heads, -1) * weights.to(x.dtype)[:, :, None]
-    return _segments(block, rows.view(block.num_edges, -1), "sum")
+    by_head = x.index_select(0, block.indices).view(block.num_edges, heads, x.shape[1] // heads)
+    return _segments(block, (by_head * weights.to(x.dtype)[:, :, None]).flatten(1), "sum")
 
 
 def edge_softmax(block: Block, src_scores: Tensor, dst_scores: Tensor, *, slope: float = 0.2) -> Tensor:
