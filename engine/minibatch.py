@@ -42,7 +42,7 @@ class Block:
 
     def to(self, device: torch.device | str) -> "Block":
         """Move every tensor; no copy where they are there already."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, lambda tensor: _move(tensor, device))
 
     def clone(self) -> "Block":
         """Copy every tensor."""
@@ -79,7 +79,7 @@ class MiniBatch:
     def to(self, device: torch.device | str) -> "MiniBatch":
         """Move every tensor; no copy where they are there already."""
         blocks = tuple(block.to(device) for block in self.blocks)
-        return replace(_map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True)), blocks=blocks)
+        return replace(_map_tensors(self, lambda tensor: _move(tensor, device)), blocks=blocks)
 
     def clone(self) -> "MiniBatch":
         """Copy every tensor, so that the batch outlives the feed's next step."""
@@ -92,6 +92,11 @@ class MiniBatch:
     def to_pyg(self) -> Any:
         """As PyG's `NeighborLoader` yields it; see `adapters.to_pyg`."""
         return to_pyg(self)
+
+
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    # Towards the host, torch would return before the bytes are there.
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def _map_tensors(value: _Held, function: Callable[[Tensor], Tensor]) -> _Held:

@@ -43,7 +43,7 @@ class Tier(Protocol):
 
 def check_slots(slots: NDArray[Any], num_slots: int) -> None:
     """ValueError unless all slots are in [0, num_slots)."""
-    if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= num_slots):
+    if slots.size and (int(slots.min()) < 0 or int(slots.max()) >= num_slots):
         raise ValueError(f"slots {int(slots.min())}..{int(slots.max())} are not all within the tier's {num_slots}")
 
 
