@@ -69,7 +69,7 @@ def test_max_and_its_gradient_agree_with_torch(block: Block, tied: bool) -> None
 def test_weighted_sums_and_their_gradients_agree_with_torch(block: Block, heads: int) -> None:
     x, weights = random(0, block.num_src, 4 * heads), random(1, block.num_edges, heads)
     assert_paths_agree(lambda x, w: aggregate_weighted(block, x, w), x, weights)
-    positive = weights[:, 0].abs()
+    positive = weights[:, 0].abs() + 0.2  # gradients of a tiny weight's mean cancel
     assert_paths_agree(lambda x, w: aggregate_weighted_mean(block, x, w), x, positive)
 
 
