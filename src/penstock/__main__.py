@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from penstock import __version__
-
-EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_DOES_NOT_FIT, EXIT_MISSING, EXIT_RETRY = 0, 1, 2, 3, 4, 5, 75
+from penstock import __version__, exit_codes
 
 app = App(
     name="penstock",
@@ -147,9 +145,11 @@ def ingest(
         host_memory: Bytes that ingest may use.
         quiet: No progress.
     """
-    from penstock.tasks import run_ingest
+    from penstock.data_verbs import run_ingest
 
-    run_ingest(source, out, format=format, nodes=nodes, edges=edges, options=set or [], host_memory=host_memory, quiet=quiet)
+    run_ingest(
+        source, out, format=format, nodes=nodes, edges=edges, options=set or [], host_memory=host_memory, quiet=quiet
+    )
 
 
 @app.command
@@ -170,7 +170,7 @@ def generate(
         host_memory: Bytes that the generator may use.
         quiet: No progress.
     """
-    from penstock.tasks import run_generate
+    from penstock.data_verbs import run_generate
 
     run_generate(out, num_nodes=num_nodes, options=set or [], host_memory=host_memory, quiet=quiet)
 
@@ -183,7 +183,7 @@ def plan(dataset: Path | None = None, *, options: RunOptions | None = None, json
         dataset: Graph store.
         json: Print plan.json instead of a table.
     """
-    from penstock.tasks import run_plan
+    from penstock.run_verbs import run_plan
 
     options = options or RunOptions()
     run_plan(options.load(dataset), force=options.force, as_json=json, quiet=options.quiet)
@@ -196,7 +196,7 @@ def pack(dataset: Path | None = None, *, options: RunOptions | None = None) -> N
     Args:
         dataset: Graph store.
     """
-    from penstock.tasks import run_pack
+    from penstock.run_verbs import run_pack
 
     options = options or RunOptions()
     run_pack(options.load(dataset), force=options.force, quiet=options.quiet)
@@ -213,7 +213,7 @@ def train(
         resume: Continue from the newest checkpoint (the default); --force starts anew.
         in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
     """
-    from penstock.tasks import run_train
+    from penstock.run_verbs import run_train
 
     options = options or RunOptions()
     config = options.load(dataset)
@@ -229,7 +229,6 @@ def infer(
     *,
     dataset: Path | None = None,
     split: Literal["all", "train", "valid", "test"] = "all",
-    embeddings: bool = True,
     host_memory: str | None = None,
     quiet: bool = False,
 ) -> None:
@@ -240,15 +239,12 @@ def infer(
         out: Parquet file to write.
         dataset: Graph store; default: the one the run was trained on.
         split: Nodes to write.
-        embeddings: Write the embeddings beside the predictions.
         host_memory: Bytes that inference may use.
         quiet: No progress.
     """
-    from penstock.tasks import run_infer
+    from penstock.run_verbs import run_infer
 
-    run_infer(
-        run_dir, out, dataset=dataset, split=split, embeddings=embeddings, host_memory=host_memory, quiet=quiet
-    )
+    run_infer(run_dir, out, dataset=dataset, split=split, host_memory=host_memory, quiet=quiet)
 
 
 @app.command
@@ -301,20 +297,6 @@ def bench(
     run_bench(name, scale=scale, repeats=repeats, directory=directory, as_json=json)
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code of an error, as documented in docs/command-line.md."""
-    from penstock.storage.errors import DataError, DoesNotFit
-
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if type(error).__name__ == "Stopped":  # engine.trainer's; importing it would load torch for every usage error
-        return EXIT_RETRY
-    for kind, code in ((DataError, EXIT_DATA), (DoesNotFit, EXIT_DOES_NOT_FIT), (ImportError, EXIT_MISSING)):
-        if isinstance(error, kind):
-            return code
-    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_INTERNAL
-
-
 def _configure_logging() -> None:
     level = os.environ.get("PENSTOCK_LOG", "WARNING").upper()
     logging.getLogger("penstock").setLevel(getattr(logging, level, logging.WARNING))
@@ -328,14 +310,14 @@ def run(command: Callable[[], object]) -> int:
     try:
         command()
     except CycloptsError:
-        return EXIT_USAGE  # cyclopts has printed it, with the nearest match
+        return exit_codes.USAGE  # cyclopts has printed it, with the nearest match
     except (Exception, KeyboardInterrupt) as error:
-        code = exit_code(error)
-        if code == EXIT_INTERNAL:
+        code = exit_codes.exit_code(error)
+        if code == exit_codes.INTERNAL:
             traceback.print_exc()
         print(f"penstock: {error or type(error).__name__}", file=sys.stderr)
         return code
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def main(tokens: list[str] | None = None) -> None:

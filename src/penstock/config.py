@@ -4,7 +4,6 @@ Read from one YAML file, then `--set key=value`, then flags; the later wins. Unk
 combinations fail before any work, with the key's name and the nearest key that exists.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
+from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.storage.budget import parse_bytes
@@ -68,17 +68,27 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_fanouts(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            sampler = dict(value.get("sampler") or {}) if isinstance(value.get("sampler"), dict | None) else None
-            if sampler is not None and not {"fanouts", "num_neighbors"} & set(sampler):
-                return {**value, "sampler": {**sampler, "fanouts": DEFAULT_FANOUTS}}
-        return value
+    def _fill_in(cls, value: Any) -> Any:
+        """Two hops of ten neighbours where nothing is said, and one layer per hop."""
+        if not isinstance(value, dict):
+            return value
+        sampler, model = (value.get(name) or {} for name in ("sampler", "model"))
+        if isinstance(sampler, dict):
+            if not {"fanouts", "num_neighbors"} & set(sampler):
+                sampler = {**sampler, "fanouts": DEFAULT_FANOUTS}
+            fanouts = sampler.get("fanouts") or sampler.get("num_neighbors") or ()
+            if isinstance(model, dict) and "num_layers" not in model and isinstance(fanouts, list | tuple):
+                model = {**model, "num_layers": max(1, len(fanouts))}
+        return {**value, "sampler": sampler, "model": model}
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model: one per fanout."""
-        return len(self.sampler.fanouts or self.sampler.num_neighbors or ())
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "RunConfig":
+        hops = len(self.sampler.layer_fanouts)
+        if self.model.kind != "custom" and self.model.num_layers != hops:
+            raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
+        if self.evaluate.fanouts is not None and len(self.evaluate.fanouts) != hops:
+            raise ValueError(f"evaluate.fanouts={self.evaluate.fanouts} are not {hops} as in training; give {hops}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a rerun to continue this run, flat: `{"train.lr": 0.01, ...}`."""
@@ -87,64 +97,17 @@ class RunConfig(BaseModel):
 
     def digest(self) -> str:
         """A short hash of the identity."""
-        return str(xxhash.xxh3_64_hexdigest(yaml.safe_dump(self.identity(), sort_keys=True)))
+        return str(xxhash.xxh3_64_hexdigest(yaml.safe_dump(self.identity(), sort_keys=True).encode()))
 
 
 # Neither weights nor files depend on these, so a run may be continued with others.
-_MAY_CHANGE = {"run_dir", "train.checkpoint_items", "train.checkpoint_minutes", "train.keep_checkpoints", "train.log_every"}
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return flat
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Read `key.path=value`, the value as YAML; ValueError without an equals sign."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {text!r} is no assignment; write for example --set train.lr=0.01")
-    return key.strip(), yaml.safe_load(value)
-
-
-def _assign(value: dict[str, Any], dotted: str, item: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        child = value.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ValueError(f"{dotted}: {parent!r} is a value, not a section")
-        value = child
-    value[last] = item
-
-
-def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return list(model.model_fields)
-
-
-def explain(error: ValidationError, model: type[BaseModel] = RunConfig) -> str:
-    """Say in one line per problem which key is wrong, its value, and what to write instead."""
-    lines = []
-    for problem in error.errors():
-        *path, key = problem["loc"] or ("",)
-        dotted = ".".join(str(part) for part in (*path, key))
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(model, path)
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"unknown key {dotted!r}; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")
-        else:
-            lines.append(f"{dotted or 'configuration'}={problem['input']!r}: {problem['msg']}")
-    return "; ".join(lines)
+_MAY_CHANGE = {
+    "run_dir",
+    "train.checkpoint_items",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.log_every",
+}
 
 
 def load_config(
@@ -163,11 +126,11 @@ def load_config(
         if not isinstance(value, dict):
             raise ValueError(f"{file} holds a {type(value).__name__}, wanted a mapping of keys")
     for text in overrides:
-        _assign(value, *parse_override(text))
+        assign(value, *parse_override(text))
     for dotted, item in (flags or {}).items():
         if item is not None:
-            _assign(value, dotted, item)
+            assign(value, dotted, item)
     try:
         return RunConfig.model_validate(value)
     except ValidationError as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error, RunConfig)) from error

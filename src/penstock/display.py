@@ -47,7 +47,8 @@ class _Lines:
         if done < total and now - self._shown.get(stage, 0.0) < _LINE_EVERY_S:
             return
         self._shown[stage] = now
-        shares = f"{_amount(done, unit)} of {_amount(total, unit)}, {_amount(rate, unit)}/s"
+        speed = f", {_amount(rate, unit)}/s" if rate else ""
+        shares = f"{_amount(done, unit)} of {_amount(total, unit)}{speed}"
         print(f"{stage}: {shares}  {_numbers(numbers)}".rstrip(), file=sys.stderr, flush=True)
 
 

@@ -59,7 +59,9 @@ def _threads() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     import torch
 
-    cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
+    cuda = (
+        f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
+    )
     yield "torch", f"{torch.__version__} ({cuda})", ""
     for name, extra in (("dgl", "dgl"), ("torch_geometric", "pyg"), ("ray", "ray")):
         found = package_version(name)

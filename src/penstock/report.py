@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
-from penstock.config import RunConfig, flatten
+from penstock.config import RunConfig
+from penstock.exit_codes import exit_code
 from penstock.machine import hardware, versions
+from penstock.overrides import flatten
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.manifest import write_atomic, write_json
 
@@ -26,6 +28,10 @@ def git_commit() -> str | None:
         return None
 
 
+def _describe(error: BaseException) -> dict[str, Any]:
+    return {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}
+
+
 def write_result(
     path: Path,
     *,
@@ -34,14 +40,13 @@ def write_result(
     metrics: dict[str, Any],
     copy: Path | None = None,
     error: BaseException | None = None,
-    code: int = 0,
     **sections: Any,
 ) -> dict[str, Any]:
     """Write `result.json` and, where asked, a copy; both atomically, making parent folders."""
     value = {
         "schema": RESULT_SCHEMA,
         "status": status,
-        "error": None if error is None else {"type": type(error).__name__, "message": str(error), "exit_code": code},
+        "error": None if error is None else _describe(error),
         "metrics": metrics,
         "artefacts": {},
         "timings": {},

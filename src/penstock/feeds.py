@@ -1,0 +1,73 @@
+"""Where training gets its mini-batches: packs that are cycled, windows that a producer rolls out, or memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from penstock.engine.feed import open_pack_feed
+from penstock.engine.memory_feed import open_memory_feed
+from penstock.engine.prefetch import Feed, FeedStats
+from penstock.prepare import Prepared, pack_split, sample_split, split_budgets, train_epochs
+from penstock.run import Run
+
+OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
+
+
+@dataclass(slots=True)
+class TrainFeed:
+    """What the trainer asks for steps; `opened` is the last feed that it was given, for its statistics."""
+
+    items_per_epoch: int
+    open_steps: OpenSteps
+    prepared: Prepared | None = None
+    opened: Feed | None = None
+
+    def stats(self) -> FeedStats | None:
+        """What the feed did in this process; None where it was not needed."""
+        return None if self.opened is None else self.opened.stats
+
+    @contextmanager
+    def open(self, start_step: int, stop_step: int) -> Iterator[Feed]:
+        """Feed steps start_step <= s < stop_step."""
+        with self.open_steps(start_step, stop_step) as self.opened:
+            yield self.opened
+
+
+def _from_memory(run: Run) -> TrainFeed:
+    trace = sample_split(run, "train", train_epochs(run))
+
+    def open_steps(start_step: int, stop_step: int) -> Feed:
+        return open_memory_feed(
+            run.graph,
+            trace,
+            start_step=start_step,
+            stop_step=stop_step,
+            row_dtype=run.config.plan.row_dtype,
+            device=run.config.train.device,
+            threads=run.threads,
+        )
+
+    return TrainFeed(items_per_epoch=trace.meta.items_per_epoch, open_steps=open_steps)
+
+
+def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
+    def open_steps(start_step: int, stop_step: int) -> Feed:
+        return open_pack_feed(
+            prepared.packs,
+            run.graph,
+            start_step=start_step,
+            stop_step=stop_step,
+            host_memory=split_budgets(run, "train").host_bytes,
+            device=run.config.train.device,
+            threads=run.threads,
+        )
+
+    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
+
+
+def open_train_feed(run: Run) -> TrainFeed:
+    """Prepare what training reads, and say how to open it."""
+    if run.config.feed == "memory":
+        return _from_memory(run)
+    prepared = pack_split(run, "train")
+    return _from_packs(run, prepared)

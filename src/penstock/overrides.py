@@ -1,0 +1,62 @@
+"""Keys and values from the command line, and errors of pydantic said in the user's words."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return flat
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Read `key.path=value`, the value as YAML; ValueError without an equals sign."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {text!r} is no assignment; write for example --set train.lr=0.01")
+    return key.strip(), yaml.safe_load(value)
+
+
+def assign(value: dict[str, Any], dotted: str, item: Any) -> None:
+    """Set a dotted key in nested dictionaries; ValueError where a section is a value."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = value.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{dotted}: {parent!r} is a value, not a section")
+        value = child
+    value[last] = item
+
+
+def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one line per problem which key is wrong, its value, and what to write instead."""
+    lines = []
+    for problem in error.errors():
+        *path, key = problem["loc"] or ("",)
+        dotted = ".".join(str(part) for part in (*path, key))
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(model, path)
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"unknown key {dotted!r}; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")
+        else:
+            lines.append(f"{dotted or 'configuration'}={problem['input']!r}: {problem['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,131 @@
+"""A run folder: sample, plan, pack and train composed, each step skipped when done and continued when cut off.
+
+| in the folder | written by |
+|---|---|
+| `config.yaml` | the first verb; later verbs refuse another configuration |
+| `train/`, `valid/`, `test/` | trace (deleted once packed), plan.json and packs of a split |
+| `checkpoints/`, `metrics.jsonl` | training |
+| `model/`, `result.json`, `curves.png` | the end of training |
+"""
+
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from penstock.config import RunConfig
+from penstock.report import differing_keys, write_config
+from penstock.storage.budget import Budgets, default_budgets, num_threads
+from penstock.storage.graph import GraphStore, Split, open_graph
+from penstock.storage.progress import Progress, silent
+
+_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model")
+_DERIVED_FILES = ("config.yaml", "metrics.jsonl", "result.json", "curves.png")
+
+
+class Run:
+    """An open run folder; made by `open_run`, which holds its lock."""
+
+    def __init__(
+        self, config: RunConfig, graph: GraphStore, progress: Progress, stop_requested: threading.Event
+    ) -> None:
+        self.config, self.graph, self.progress = config, graph, progress
+        self.path = config.run_dir
+        self.threads = config.train.threads or num_threads()
+        self.stop_requested = stop_requested
+        given = config.budgets
+        self._all_budgets = default_budgets(
+            self.path, device_bytes=given.device_memory, host_bytes=given.host_memory, disk_bytes=given.disk
+        )
+
+    @property
+    def evaluated_splits(self) -> tuple[Split, ...]:
+        """Splits that are sampled for evaluation: those that have nodes, if the user wants it so."""
+        if self.config.evaluate.mode != "sampled":
+            return ()
+        return self.splits_with_nodes
+
+    @property
+    def splits_with_nodes(self) -> tuple[Split, ...]:
+        """Splits to evaluate on."""
+        splits: tuple[Split, ...] = ("valid", "test")
+        return tuple(split for split in splits if len(self.graph.split_ids(split)))
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the whole run."""
+        return self._all_budgets.host_bytes
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is a valid split to evaluate on, and the user wants it."""
+        return self.config.evaluate.mode != "none" and len(self.graph.split_ids("valid")) > 0
+
+    @property
+    def budgets(self) -> Budgets:
+        """The budgets of training: evaluation keeps its share of the host memory for itself."""
+        return replace(self._all_budgets, host_bytes=self._all_budgets.host_bytes - self.evaluation_bytes)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """Host memory that evaluation may use while the training feed is open."""
+        return int(self._all_budgets.host_bytes * self.config.evaluate.memory_share) if self.evaluates else 0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; ValueError names the process that has it."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}; "
+                "wait for it, or choose another --run-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield
+
+
+def _forget(folder: Path) -> None:
+    for name in _DERIVED:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _DERIVED_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+    stop_requested: threading.Event | None = None,
+) -> Iterator[Run]:
+    """Open or make the run folder.
+
+    ValueError where another process has it, or where it belongs to another configuration (naming the keys that differ);
+    `force` deletes what is there. FormatError where the dataset is none.
+    """
+    graph = open_graph(config.dataset)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(config.run_dir):
+        if force:
+            _forget(config.run_dir)
+        stored = config.run_dir / "config.yaml"
+        if stored.is_file():
+            if differing := differing_keys(stored, config):
+                raise ValueError(
+                    f"{config.run_dir} was made with other values of {', '.join(differing)}; "
+                    "use them, choose another --run-dir, or delete what is there with --force"
+                )
+        else:
+            write_config(stored, config)
+        yield Run(config, graph, progress, stop_requested or threading.Event())

@@ -1,0 +1,91 @@
+"""What the verbs that work on a run folder do: open what they need, call it, print what came of it."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from penstock.config import RunConfig
+from penstock.display import print_table, progress
+from penstock.inference import infer
+from penstock.prepare import pack_split, plan_train
+from penstock.run import open_run
+from penstock.sampler.estimate import summary_rows
+from penstock.storage.budget import format_bytes, parse_bytes
+from penstock.storage.graph import Split
+from penstock.training import train
+
+
+@contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Let SIGTERM and SIGINT ask for a checkpoint; a second SIGINT interrupts at once."""
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
+    """`penstock plan`."""
+    with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
+        summary = plan_train(run)
+    if as_json:
+        print((config.run_dir / "train" / "plan.json").read_text())
+    else:
+        print_table(f"plan of {config.run_dir}", summary_rows(summary))
+
+
+def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
+    """`penstock pack`."""
+    with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
+        prepared = pack_split(run, "train")
+        for split in run.evaluated_splits:
+            pack_split(run, split)
+    print_table(
+        f"packs of {config.run_dir}",
+        [("mode", prepared.summary.mode), ("packs", format_bytes(prepared.summary.pack_bytes))],
+    )
+
+
+def run_train(config: RunConfig, *, force: bool, result_json: Path | None, quiet: bool) -> None:
+    """`penstock train`."""
+    stop = threading.Event()
+    with stop_on_signals(stop), progress(quiet=quiet) as show:
+        result = train(config, force=force, result_json=result_json, progress=show, stop_requested=stop)
+    metrics = result["metrics"]
+    rows = [(name.replace("_", " "), f"{metrics[name]:.4f}") for name in metrics if name.endswith("_accuracy")]
+    rows += [("result", str(config.run_dir / "result.json"))]
+    print_table(f"run {config.run_dir}: {result['status']}", rows)
+
+
+def run_infer(
+    run_dir: Path,
+    out: Path,
+    *,
+    dataset: Path | None,
+    split: Split | Literal["all"],
+    host_memory: str | None,
+    quiet: bool,
+) -> None:
+    """`penstock infer`."""
+    budget = None if host_memory is None else parse_bytes(host_memory)
+    with progress(quiet=quiet) as show:
+        found = infer(run_dir, out, dataset=dataset, split=split, host_memory=budget, progress=show)
+    if quiet:
+        print(json.dumps(found))
+    else:
+        print_table(str(out), [(name.replace("_", " "), str(value)) for name, value in found.items()])

@@ -1,0 +1,203 @@
+"""The main job: prepare, feed, train, evaluate, report."""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.config import RunConfig
+from penstock.engine.evaluate import evaluate_exact, evaluate_feed
+from penstock.engine.feed import open_pack_feed
+from penstock.engine.metrics import Metrics
+from penstock.engine.modelfile import save_model
+from penstock.engine.models import build_model
+from penstock.engine.trainer import Stopped, Trainer, TrainResult, seed_step
+from penstock.feeds import TrainFeed, open_train_feed
+from penstock.prepare import Prepared, pack_split
+from penstock.report import draw_curves, write_result
+from penstock.run import Run, open_run
+from penstock.storage.graph import Split
+from penstock.storage.manifest import read_json
+from penstock.storage.progress import Progress, silent
+
+_BEFORE_ALL_STEPS = (1 << 63) - 1  # a step that never comes, so that weights and dropout share no draws
+
+
+class Evaluation:
+    """Scores a model on splits: on packs of sampled items, or exactly over all neighbours."""
+
+    def __init__(self, run: Run, packs: Mapping[Split, Prepared]) -> None:
+        self._run, self._packs = run, packs
+
+    def __call__(self, model: nn.Module, splits: tuple[Split, ...]) -> dict[str, Metrics]:
+        """Metrics by split."""
+        run = self._run
+        if run.config.evaluate.mode == "sampled":
+            return {split: self._sampled(model, split) for split in splits}
+        found = evaluate_exact(
+            model,
+            run.graph,
+            splits,
+            run.path / "exact",
+            host_memory=run.evaluation_bytes,
+            threads=run.threads,
+            device=run.config.train.device,
+            progress=run.progress,
+        )
+        return dict(found)
+
+    def _sampled(self, model: nn.Module, split: Split) -> Metrics:
+        run, prepared = self._run, self._packs[split]
+        with open_pack_feed(
+            prepared.packs,
+            run.graph,
+            start_step=0,
+            stop_step=prepared.summary.num_items,
+            host_memory=run.evaluation_bytes,
+            device=run.config.train.device,
+            threads=run.threads,
+        ) as feed:
+            return evaluate_feed(model, feed, run.graph.meta.num_classes)
+
+
+def make_model(run: Run) -> nn.Module:
+    """Build the model with initial weights that depend on the seed alone."""
+    config, meta = run.config, run.graph.meta
+    seed_step(config.train.seed, _BEFORE_ALL_STEPS, torch.device("cpu"))
+    return build_model(config.model, meta.num_features, meta.num_classes)
+
+
+def _run_trainer(run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, resume: bool) -> TrainResult:
+    trainer = Trainer(
+        model,
+        run.config.train,
+        items_per_epoch=feed.items_per_epoch,
+        checkpoints=run.path / "checkpoints",
+        metrics=run.path / "metrics.jsonl",
+        evaluate=(lambda trained: evaluation(trained, ("valid",))) if run.evaluates else None,
+        identity={"run": run.config.digest(), "graph": run.graph.fingerprint},
+        stop_requested=run.stop_requested,
+        progress=run.progress,
+    )
+    return trainer.run(feed.open, resume=resume)
+
+
+def _metrics(run: Run, trained: TrainResult, final: Mapping[str, Metrics]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for split, metrics in final.items():
+        found |= metrics.to_json(f"{split}_")
+    return {
+        **found,
+        "train_losses": list(trained.losses),
+        "epochs": trained.epochs,
+        "steps": trained.steps,
+        "best_epoch": trained.best_epoch,
+        "stopped_early": trained.stopped_early,
+        "feature_bytes": run.graph.feature_bytes,
+        "host_memory_bytes": run.host_bytes,
+    }
+
+
+def _movement(feed: TrainFeed) -> dict[str, Any]:
+    """What was read, from where, and what the trainer waited for; of this process, not of those it continued."""
+    stats = feed.stats()
+    if stats is None:
+        return {}
+    summary = None if feed.prepared is None else feed.prepared.summary
+    useful = stats.pack_rows * summary.row_bytes if summary else 0
+    return {
+        "bytes_read": stats.bytes_read,
+        "read_amplification": stats.bytes_read / useful if useful else None,
+        "hit_rates": stats.hit_rates,
+        "stalls": {"stall_s": stats.stall_s, "read_s": stats.read_s, "assemble_s": stats.assemble_s},
+        "plan": None if summary is None else asdict(summary),
+    }
+
+
+def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    packs = {split: pack_split(run, split) for split in run.evaluated_splits}
+    evaluation, model = Evaluation(run, packs), make_model(run)
+    feed = open_train_feed(run)
+    prepare_s = time.perf_counter() - started
+    trained = _run_trainer(run, feed, evaluation, model, resume)
+    train_s = time.perf_counter() - started - prepare_s
+    final = evaluation(model, run.splits_with_nodes) if run.evaluates else {}
+    meta, config = run.graph.meta, run.config
+    save_model(
+        run.path / "model",
+        model,
+        config.model,
+        num_features=meta.num_features,
+        num_classes=meta.num_classes,
+        fanouts=config.sampler.layer_fanouts,
+    )
+    draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
+    artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
+    return write_result(
+        run.path / "result.json",
+        status="ok",
+        config=config,
+        metrics=_metrics(run, trained, final),
+        copy=result_json,
+        artefacts={name: str((run.path / name).resolve()) for name in artefacts},
+        timings={
+            "prepare_s": prepare_s,
+            "train_s": train_s,
+            "total_s": time.perf_counter() - started,
+            "compute_s": trained.compute_s,
+            "stall_s": trained.stall_s,
+            "evaluate_s": trained.evaluate_s,
+            "checkpoint_s": trained.checkpoint_s,
+        },
+        throughput={"items_per_s": trained.items_per_s, "seeds_per_s": trained.seeds_per_s},
+        resumed_from=trained.resumed_from,
+        **_movement(feed),
+    )
+
+
+def _finished(run: Run, result_json: Path | None) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do."""
+    path = run.path / "result.json"
+    if not path.is_file():
+        return None
+    value: dict[str, Any] = read_json(path)
+    if value["status"] != "ok":
+        return None
+    if result_json is not None:
+        result_json.parent.mkdir(parents=True, exist_ok=True)
+        result_json.write_bytes(path.read_bytes())
+    return value
+
+
+def train(
+    config: RunConfig,
+    *,
+    force: bool = False,
+    resume: bool = True,
+    result_json: Path | None = None,
+    progress: Progress = silent,
+    stop_requested: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Do the main job in `config.run_dir` and return what `result.json` says.
+
+    A finished run is returned as it is; one that was cut off is continued, `force` starts anew. Setting
+    `stop_requested` makes it write a checkpoint and raise Stopped. Raises ValueError for a run folder of another
+    configuration or in use, DataError for bad data, DoesNotFit for budgets that are too small; a `result.json` of
+    status `failed` or `stopped` says so too.
+    """
+    with open_run(config, force=force, progress=progress, stop_requested=stop_requested) as run:
+        if (done := _finished(run, result_json)) is not None:
+            return done
+        try:
+            return _job(run, resume, result_json)
+        except Exception as error:
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            path = run.path / "result.json"
+            write_result(path, status=status, config=config, metrics={}, copy=result_json, error=error)
+            raise
