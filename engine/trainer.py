@@ -33,6 +33,8 @@ from penstock.engine.optim import (
 from penstock.engine.trainstate import TrainResult, TrainState, seed_step
 from penstock.storage.progress import Progress, silent
 
+__all__ = ["Evaluate", "OpenFeed", "Stopped", "TrainConfig", "TrainResult", "TrainState", "Trainer", "seed_step"]
+
 logger = logging.getLogger(__name__)
 
 OpenFeed = Callable[[int, int], AbstractContextManager[Iterable[MiniBatch]]]
@@ -122,6 +124,7 @@ class Trainer:
         self._stop = stop_requested or threading.Event()
         own = {key: value for key, value in config.model_dump(mode="json").items() if key not in _MAY_CHANGE}
         self._identity = {**own, "items_per_epoch": items_per_epoch, **(identity or {})}
+        self._release: Callable[[int], object] = int  # replaced by the feed's own, where it has one
         self._best: dict[str, Tensor] = {}
         self._pending: list[tuple[int, int, int, Tensor]] = []
         self._times = {"compute": 0.0, "stall": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
@@ -161,6 +164,7 @@ class Trainer:
     def _train(self, open_feed: OpenFeed) -> None:
         self.model.train()
         with open_feed(self.state.step, self.total_steps) as feed:
+            self._release = getattr(feed, "release", self._release)
             batches = iter(feed)
             while not self.state.finished:
                 began = time.perf_counter()
@@ -302,6 +306,7 @@ class Trainer:
         state = {"position": position, "identity": self._identity, "scaler": self._scaler.state_dict()}
         write_checkpoint(self._checkpoints, self.state.step, state, tensors, keep=self.config.keep_checkpoints)
         self._saved_at, self._saved = time.monotonic(), (self.state.step, self.state.epochs_done)
+        self._release(self.state.step)  # a resumed run starts here, so a rolling feed may drop what lies before
         self._times["checkpoint"] += time.perf_counter() - began
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:

@@ -55,9 +55,10 @@ class TrainResult:
 
 
 def seed_step(seed: int, step: int, device: torch.device) -> None:
-    """Seed PyTorch's generators for one step, by counter."""
+    """Seed PyTorch's generators for one step, by counter; step -1 is what comes before the first."""
     with np.errstate(over="ignore"):  # the hash wraps; NumPy scalars would warn where Numba is off
-        value = int(fold(mix(np.uint64(seed)), np.uint64(step))) >> 1
+        key = np.uint64(mix(np.uint64(seed)))  # compiled kernels return plain integers
+        value = int(fold(key, np.uint64(step & 0xFFFFFFFFFFFFFFFF))) >> 1
     torch.default_generator.manual_seed(value)  # torch.manual_seed also asks every absent accelerator, 70 us
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
