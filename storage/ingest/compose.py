@@ -6,7 +6,7 @@ from typing import Any
 from penstock.storage.budget import require_free_disk
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphMeta, GraphStore, id_dtype
-from penstock.storage.ingest.edges import KeyLayout, plan_layout, spill_edges
+from penstock.storage.ingest.edges import KeyLayout, source_bits, spill_edges
 from penstock.storage.ingest.ids import DenseIds, IdMap, MappedIds, write_ids
 from penstock.storage.ingest.nodes import NodeStep
 from penstock.storage.ingest.options import IngestOptions
@@ -68,7 +68,7 @@ def _run_steps(
         return spill_edges(source, ids, options, work, host_memory, progress)
 
     def sort() -> tuple[dict[str, Any], tuple[FileEntry, ...]]:
-        layout = KeyLayout(source_bits=plan_layout(num_nodes, 0, 1).source_bits, range_bits=spilled["range_bits"])
+        layout = KeyLayout(source_bits=source_bits(num_nodes), range_bits=spilled["range_bits"])
         return write_topology(
             *(out, work, num_nodes, layout, spilled["records"]),
             weighted=source.has_weights,

@@ -116,7 +116,7 @@ class NodeStep:
                 features.append(self._encode(chunk, rows, row_format))
                 label = self._labels(chunk)
                 labels.append(label)
-                top = max(top, int(label.max(initial=-1)))
+                top = max(top, int(label.max()))
                 split = np.full(len(rows), -1, np.int8) if chunk.splits is None else chunk.splits
                 with full_disk_is_clear(self.work):
                     codes.write(np.ascontiguousarray(split).data)

@@ -41,7 +41,7 @@ class Bucket:
 def bucket_bits(num_records: int, capacity: int) -> int:
     """How many key bits to distribute by, so that evenly spread records fit in memory one bucket at a time."""
     wanted = -(-num_records * 3 // (2 * capacity))  # half as many again: buckets are not exactly even
-    return min(_MAX_BITS, max(0, (wanted - 1).bit_length()))
+    return min(_MAX_BITS, max(0, wanted - 1).bit_length())
 
 
 class BucketWriter:
