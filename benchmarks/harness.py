@@ -4,23 +4,19 @@ Both sides of a case run alternately in one process, so that a slow minute of th
 warms caches and compilers and is dropped; the rest is summed up by medians.
 """
 
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import xxhash
 
-from penstock.storage.budget import available_memory, num_threads, total_memory
+from penstock.machine import hardware, versions
+from penstock.storage.budget import available_memory
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
-
-_PACKAGES = ("numpy", "numba", "torch", "dgl", "torch_geometric")
 
 
 def interleave(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> tuple[float, float]:
@@ -63,34 +59,9 @@ def record(
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine() -> dict[str, Any]:
     """Describe what the numbers were measured on: the last JSON object of every bench."""
-    return {
-        "machine": platform.node(),
-        "processor": _processor(),
-        "cores": num_threads(),
-        "load_1min": os.getloadavg()[0],
-        "memory_bytes": total_memory(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-    }
+    return {"machine": hardware(), "versions": versions()}
 
 
 @contextmanager

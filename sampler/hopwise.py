@@ -26,6 +26,7 @@ from penstock.sampler.seeds import item_seeds
 from penstock.storage.graph import GraphStore, id_dtype
 from penstock.storage.trace import BlockArrays, TraceMeta, encode_item, payload_bytes
 
+_GROUP_FACTOR = 4  # memory of an item under way over its payload: 2.5 with ids and local ids of its last hop, and slack
 _CHUNK = 1 << 16  # destinations drawn at a time by one thread: positions and ids stay in the cache
 
 
@@ -170,6 +171,14 @@ def sample_hopwise(
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the payloads of items first..stop-1 in order, sampled in groups as large as the budget holds."""
     numberings = [make_numbering(graph, host_memory=host_memory, threads=threads) for _ in range(threads)]
-    group_items = max(1, host_memory // 2 // (2 * item_bytes(graph, meta)))
-    for lo in range(first, stop, group_items):
-        yield from _Group(graph, meta, lo, min(lo + group_items, stop), numberings).payloads()
+    group_items = host_memory // 2 // item_bytes(graph, meta)
+    lo = first
+    while lo < stop:
+        hi = min(lo + max(1, group_items), stop)
+        largest = 0
+        for payload in _Group(graph, meta, lo, hi, numberings).payloads():
+            largest = max(largest, len(payload))
+            yield payload
+        # The bound that the first group was sized by is several times what items take; now we have seen some.
+        group_items = max(group_items, host_memory // 2 // (_GROUP_FACTOR * largest))
+        lo = hi
