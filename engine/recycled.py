@@ -52,3 +52,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     lent = block[:num_bytes]  # torch keeps this very array alive for as long as the storage lives
     weakref.finalize(lent, _returned.append, block).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
+
+
+def release() -> None:
+    """Give free memory back to the system, for example between training and something of other sizes."""
+    with _lock:
+        _returned.clear()
+        _free.clear()

@@ -1,6 +1,7 @@
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import torch
 
 from penstock.engine import recycled
@@ -31,6 +32,15 @@ def test_a_slightly_larger_tensor_fits_and_a_much_smaller_one_takes_another() ->
     small = recycled.empty(300_000)
     assert small.data_ptr() != address
     assert recycled.empty(1_040_000).data_ptr() == address
+
+
+def test_release_frees_what_nobody_holds() -> None:
+    held, dropped = recycled.empty(*LARGE).fill_(1), recycled.empty(1 << 26).fill_(1)
+    before = psutil.Process().memory_info().rss
+    del dropped
+    recycled.release()
+    assert psutil.Process().memory_info().rss < before - (200 << 20)
+    assert (held == 1).all()
 
 
 def test_shapes_dtypes_and_alignment() -> None:
