@@ -94,7 +94,7 @@ class DirectFile:
         A read that crosses the end of the file leaves the rest of the buffer as it was, but only the last page of
         the file may be cut. FormatError if the file ends before that page.
         """
-        view = memoryview(buffer)[:num_bytes]
+        view = buffer.data[:num_bytes]
         done = 0
         while done < num_bytes:
             try:
@@ -115,7 +115,7 @@ class DirectFile:
 
     def write_from(self, buffer: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
         """Write `buffer[:num_bytes]` at `offset`; alignment as for reads. DoesNotFit where the disk is full."""
-        view = memoryview(buffer)[:num_bytes]
+        view = buffer.data[:num_bytes]
         done = 0
         with full_disk_is_clear(self.path):
             while done < num_bytes:

@@ -74,5 +74,6 @@ def decode_rows(rows: NDArray[Any], row_format: RowFormat) -> NDArray[np.float32
         return (rows.astype(np.uint32) << 16).view(np.float32)
     if row_format.dtype == "int8":
         scale = np.ascontiguousarray(rows[:, row_format.width :]).view("<f4")
-        return np.ascontiguousarray(rows[:, : row_format.width]).view(np.int8).astype(np.float32) * scale
+        values: NDArray[np.float32] = np.ascontiguousarray(rows[:, : row_format.width]).view(np.int8) * scale
+        return values
     return rows.astype(np.float32)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from penstock.kernels import csc, reference_csc
 
-NAMES = ["count_buckets", "scatter_by_bucket", "unique_sorted", "merge_sorted", "row_ends", "join_sorted"]
+NAMES = ["count_buckets", "scatter_by_bucket", "unique_sorted", "merge_sorted", "row_ends", "join_sorted", "mix_keys"]
 few = hnp.arrays(np.uint64, st.integers(0, 60), elements=st.integers(0, 40))
 wide = hnp.arrays(np.uint64, st.integers(0, 60), elements=st.integers(0, 2**64 - 1))
 
@@ -71,3 +71,12 @@ def test_join_equals_the_reference(keys: NDArray[np.uint64], queries: NDArray[np
     assert csc.join_sorted(keys, queries, 0, ours) == reference_csc.join_sorted(keys, queries, 0, twin)
     np.testing.assert_array_equal(ours, twin)
     assert (ours >= 0).sum() >= len(keys[::3])
+
+
+@given(hnp.arrays(np.int64, st.integers(0, 60)))
+def test_mixed_keys_equal_the_reference(ids: NDArray[np.int64]) -> None:
+    ours, twin = np.empty(len(ids), np.uint64), np.empty(len(ids), np.uint64)
+    csc.mix_keys(ids, ours)
+    reference_csc.mix_keys(ids, twin)
+    np.testing.assert_array_equal(ours, twin)
+    assert len(np.unique(ours)) == len(np.unique(ids))
