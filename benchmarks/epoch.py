@@ -63,7 +63,7 @@ class _Side:
     def _train(self, batch: MiniBatch) -> None:
         loss = node_loss(self.model(batch.blocks, batch.features), batch.labels)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
     def epoch_s(self) -> float:

@@ -47,7 +47,7 @@ class EvaluateConfig(BaseModel):
 
     mode: Literal["sampled", "exact", "none"] = "sampled"
     fanouts: tuple[int, ...] | None = None
-    memory_share: float = Field(0.25, gt=0, lt=0.9)
+    memory_share: float = Field(default=0.25, gt=0, lt=0.9)
 
 
 class RunConfig(BaseModel):
@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     dataset: Path
     run_dir: Path
     feed: Literal["packs", "memory"] = "packs"
-    sampled_epochs: int = Field(2, ge=1, description="epochs sampled ahead and cycled in reuse mode")
+    sampled_epochs: int = Field(default=2, ge=1, description="epochs sampled ahead and cycled in reuse mode")
     budgets: BudgetConfig = BudgetConfig()
     sampler: SampleConfig
     plan: PlanConfig = PlanConfig()

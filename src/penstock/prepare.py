@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.engine.models import needs_degrees
 from penstock.run import Run
-from penstock.sampler.estimate import DiskRates, PlanSummary, measure_disk
+from penstock.sampler.estimate import DiskRates, PlanSummary
 from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
@@ -91,7 +91,7 @@ def plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
         trace,
         config,
         split_budgets(run, split),
-        disk_rates=measure_disk(run.path),
+        disk_rates=run.disk_rates,
         scratch=folder / "plan",
         progress=run.progress,
     )
@@ -126,10 +126,8 @@ def pack_split(run: Run, split: Split) -> Prepared:
     if not is_complete(packs):
         trace, plan = plan_split(run, split)
         if plan.mode == "reuse":
-            error = write_packs(
-                plan, run.graph, trace, packs, host_memory=split_budgets(run, split).host_bytes, progress=run.progress
-            )
-            write_json(folder / "packed.json", asdict(error))
+            host_bytes = split_budgets(run, split).host_bytes
+            write_packs(plan, run.graph, trace, packs, host_memory=host_bytes, progress=run.progress)
     for scratch in ("trace", "plan"):
         shutil.rmtree(folder / scratch, ignore_errors=True)
     return Prepared(packs=packs, summary=read_summary(folder / "plan.json"))

@@ -3,6 +3,7 @@
 | in the folder | written by |
 |---|---|
 | `config.yaml` | the first verb; later verbs refuse another configuration |
+| `machine.json` | the first verb: budgets and disk rates that a resumed run plans with again |
 | `train/`, `valid/`, `test/` | trace (deleted once packed), plan.json and packs of a split |
 | `checkpoints/`, `metrics.jsonl` | training |
 | `model/`, `result.json`, `curves.png` | the end of training |
@@ -14,17 +15,20 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from penstock.config import RunConfig
 from penstock.report import differing_keys, write_config
+from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
 from penstock.storage.graph import GraphStore, Split, open_graph
+from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
 
 _DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model")
-_DERIVED_FILES = ("config.yaml", "metrics.jsonl", "result.json", "curves.png")
+_MACHINE = "machine.json"
+_DERIVED_FILES = ("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png")
 
 
 class Run:
@@ -37,10 +41,7 @@ class Run:
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
-        given = config.budgets
-        self._all_budgets = default_budgets(
-            self.path, device_bytes=given.device_memory, host_bytes=given.host_memory, disk_bytes=given.disk
-        )
+        self._all_budgets, self.disk_rates = _resolve_machine(config)
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
@@ -74,6 +75,24 @@ class Run:
     def evaluation_bytes(self) -> int:
         """Host memory that evaluation may use while the training feed is open."""
         return int(self._all_budgets.host_bytes * self.config.evaluate.memory_share) if self.evaluates else 0
+
+
+def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
+    """Budgets and disk rates of the run, from `machine.json` where it is there: a resumed run must plan the same.
+
+    What the user left open follows from what was free when the run began, which is not what is free now.
+    """
+    path = config.run_dir / _MACHINE
+    if path.is_file():
+        value = read_json(path)
+        return Budgets(**value["budgets"]), DiskRates(**value["disk_rates"])
+    given = config.budgets
+    budgets = default_budgets(
+        config.run_dir, device_bytes=given.device_memory, host_bytes=given.host_memory, disk_bytes=given.disk
+    )
+    rates = measure_disk(config.run_dir)
+    write_json(path, {"budgets": asdict(budgets), "disk_rates": asdict(rates)})
+    return budgets, rates
 
 
 @contextmanager

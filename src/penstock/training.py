@@ -21,6 +21,7 @@ from penstock.feeds import TrainFeed, open_train_feed
 from penstock.prepare import Prepared, pack_split
 from penstock.report import draw_curves, write_result
 from penstock.run import Run, open_run
+from penstock.sampler.row_source import read_row_error
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json
 from penstock.storage.progress import Progress, silent
@@ -49,7 +50,7 @@ class Evaluation:
             device=run.config.train.device,
             progress=run.progress,
         )
-        return dict(found)
+        return {split: metrics for split, metrics in found.items()}
 
     def _sampled(self, model: nn.Module, split: Split) -> Metrics:
         run, prepared = self._run, self._packs[split]
@@ -109,6 +110,7 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
     if stats is None:
         return {}
     summary = None if feed.prepared is None else feed.prepared.summary
+    error = None if feed.prepared is None else read_row_error(feed.prepared.packs)
     useful = stats.pack_rows * summary.row_bytes if summary else 0
     return {
         "bytes_read": stats.bytes_read,
@@ -116,6 +118,7 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
         "hit_rates": stats.hit_rates,
         "stalls": {"stall_s": stats.stall_s, "read_s": stats.read_s, "assemble_s": stats.assemble_s},
         "plan": None if summary is None else asdict(summary),
+        "row_error": None if error is None else asdict(error),
     }
 
 
