@@ -7,7 +7,7 @@ computes such change sets with a moving threshold; here every slot hangs in the 
 costs time linear in its inputs and in the number of lists.
 
 `place` int32 [N] says where a row is: -1 nowhere, c < D device slot c, else host slot c - D.
-`links` int32 [H, 4] per host slot: next and previous slot in its list (-1 none), its list, the item that last filled it.
+`links` int32 [H, 4] per host slot: next and previous slot in its list (-1 none), its list, the item that filled it.
 `heads` int32 [lists]: first slot of the rows next used at that time; the last list holds slots that are free or whose
 row is never used again.
 """
@@ -262,24 +262,3 @@ def page_runs(positions, row_bytes, page, gap, runs, offsets):  # type: ignore[n
             num_runs += 1
         offsets[i] = laid + start - runs[num_runs - 1, 0] * page
     return num_runs
-
-
-@njit(cache=True, nogil=True)
-def order_moves(origin, read, moves):  # type: ignore[no-untyped-def]
-    """Order simultaneous moves for execution in place; count them in `moves` int32 [2, n].
-
-    `origin` int32 [H] is the slot whose row goes to each slot, -1 for none (the kernel leaves all -1); `read` uint8 [H]
-    marks the slots that some move reads. A move stands before the one that overwrites what it reads, but for the last
-    of each cycle.
-    """
-    found = 0
-    for only_ends in range(1, -1, -1):  # chains first, from their ends; what remains are cycles
-        for end in range(len(origin)):
-            if only_ends and read[end]:
-                continue
-            slot = end
-            while origin[slot] >= 0:
-                moves[0, found], moves[1, found] = origin[slot], slot
-                found += 1
-                origin[slot], slot = -1, origin[slot]
-    return found

@@ -108,7 +108,7 @@ def _shared_windows(recording: Recording, terms: Terms) -> tuple[int, int]:
         merged *= 2
 
 
-def _share(recording: Recording, terms: Terms, merged: int, disk_bytes: int) -> Choice:
+def _share(recording: Recording, terms: Terms, merged: int) -> Choice:
     window_items = merged * terms.window_items
     shared = share_rows(
         recording,
@@ -122,6 +122,7 @@ def _share(recording: Recording, terms: Terms, merged: int, disk_bytes: int) -> 
     segments = sum(-(-rows * row_bytes // PAGE) * PAGE for rows in shared.segment_rows)
     pack_bytes = segments + sum(head.extent_bytes for head in shared.heads)
     scan_bytes = int(shared.arrays.needed.sum(dtype="int64")) * BLOCK_BYTES
+    windows = len(shared.segment_rows)
     return Choice(
         mode="reuse",
         layout="shared",
@@ -130,7 +131,7 @@ def _share(recording: Recording, terms: Terms, merged: int, disk_bytes: int) -> 
         segment_rows=shared.segment_rows,
         window_items=window_items,
         pack_bytes=pack_bytes,
-        disk_bytes=disk_bytes,
+        disk_bytes=shared.arrays.num_bytes + pack_bytes + _residents_bytes(terms, windows) + PAGE * len(shared.heads),
         read_bytes=shared.read_bytes,
         max_extent_bytes=shared.max_extent_bytes,
         scan_bytes=scan_bytes,
@@ -193,7 +194,7 @@ def choose_layout(recording: Recording, terms: Terms) -> Choice:
     if terms.mode != "rolling":
         merged, shared_disk = _shared_windows(recording, terms)
         if shared_disk <= terms.disk_bytes:
-            shared = _share(recording, terms, merged, shared_disk)
+            shared = _share(recording, terms, merged)
             lacking = shared.max_extent_bytes - terms.max_extent_bytes
             if lacking > 0 and rolling is None:
                 raise DoesNotFit(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.kernels.plan import mark_blocks, order_moves
+from penstock.kernels.plan import mark_blocks
 from penstock.sampler.accesses import Accesses
 from penstock.sampler.movement import FutureUses, Tiers
 from penstock.sampler.scratch import ItemArrays
@@ -205,12 +205,8 @@ class _Slots:
 
 
 def _moves(now: NDArray[np.int64], home: _Slots) -> NDArray[np.int32]:
-    """The ordered moves that bring the row of each slot home."""
+    """The moves that bring the row of each slot home."""
     slots = np.flatnonzero(now >= 0)
     targets = home.of(now[slots])
     away = slots != targets
-    origin, read = np.full(len(now), -1, np.int32), np.zeros(len(now), np.uint8)
-    origin[targets[away]], read[slots[away]] = slots[away], 1
-    moves = np.empty((2, np.count_nonzero(away)), np.int32)
-    order_moves(origin, read, moves)
-    return moves
+    return np.stack([slots[away], targets[away]]).astype(np.int32)

@@ -6,10 +6,8 @@ window `window-000000.pack`, `window-000000.residents.npy` and `window-000000.js
 
 `residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
 Where packs are cycled, the last window also has `window-NNNNNN.wrap.npy`, int32 [2, n]: after its last item the row of
-host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0. All moves
-happen at once (read every source before its slot is overwritten). They are ordered so that this is easy in place: a
-move that reads a slot stands before the one that writes it, but for the last move of a cycle, which reads what the
-first one of the cycle has overwritten.
+host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0.
+All moves happen at once: every source is read before its slot is overwritten.
 
 Window file: [shared segment, padded to pages] [extent of item 0] [extent of item 1] ... Extent, little-endian:
 

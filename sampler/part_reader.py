@@ -1,0 +1,82 @@
+"""Read the feature table part by part, past the page cache, the next part while the last is in use.
+
+Blocks that no missing row touches are not read.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.sampler.recording import BLOCK_BYTES, Table
+from penstock.storage.directio import PAGE, DirectFile, aligned_buffer, page_down, page_up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows lo..hi-1 of the table in a buffer; row lo starts at `data[0]`. Blocks nobody needs hold old bytes."""
+
+    number: int
+    lo: int
+    hi: int
+    data: NDArray[np.uint8]
+
+
+def part_buffer_bytes(table: Table, part_rows: int) -> int:
+    """Bytes of one buffer for parts of this many rows, cut pages at both ends included."""
+    return page_up(min(part_rows, table.num_rows) * table.row_bytes) + 2 * PAGE
+
+
+class PartReader:
+    """Two buffers and one thread; a context manager. Each part must be done with before the next is asked for."""
+
+    def __init__(self, table: Table, part_rows: int, needed: NDArray[np.uint8], buffer_bytes: int) -> None:
+        self.table, self.part_rows, self._needed = table, part_rows, needed
+        self.num_parts = -(-table.num_rows // part_rows)
+        self.buffers = (aligned_buffer(buffer_bytes), aligned_buffer(buffer_bytes))
+        self._file = DirectFile(table.path, "read")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
+        self.read_bytes = 0
+
+    def __enter__(self) -> "PartReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._file.close()
+
+    def starts(self) -> NDArray[np.int64]:
+        """First row of every part, and the number of rows."""
+        return np.minimum(np.arange(self.num_parts + 1, dtype=np.int64) * self.part_rows, self.table.num_rows)
+
+    def parts(self, first: int) -> Iterator[Part]:
+        """Parts from number `first` on; an error of the reading thread is raised here."""
+        coming: Future[Part] | None = None
+        for number in range(first, self.num_parts):
+            part = (coming or self._pool.submit(self._read, number)).result()
+            coming = self._pool.submit(self._read, number + 1) if number + 1 < self.num_parts else None
+            yield part
+
+    def _read(self, number: int) -> Part:
+        table, buffer = self.table, self.buffers[number % 2]
+        lo, hi = (int(n) for n in self.starts()[number : number + 2])
+        first_byte, past_byte = lo * table.row_bytes, hi * table.row_bytes
+        start = page_down(table.offset + first_byte)
+        end = page_up(table.offset + past_byte)
+        blocks = np.flatnonzero(self._needed[first_byte // BLOCK_BYTES : -(-past_byte // BLOCK_BYTES)])
+        blocks += first_byte // BLOCK_BYTES
+        for run in _runs(blocks):
+            at = max(start, table.offset + int(run[0]) * BLOCK_BYTES)
+            past = min(end, table.offset + (int(run[-1]) + 1) * BLOCK_BYTES)
+            self._file.read_into(buffer[at - start : past - start], at, past - at)
+            self.read_bytes += past - at
+        return Part(number=number, lo=lo, hi=hi, data=buffer[table.offset + first_byte - start :])
+
+
+def _runs(blocks: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Split ascending block numbers where one is left out."""
+    return [run for run in np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1) if len(run)]
