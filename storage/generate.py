@@ -27,7 +27,7 @@ from penstock.storage.budget import num_threads, require_free_disk
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import SPLITS, GraphMeta, GraphStore, id_dtype
 from penstock.storage.manifest import FileEntry
-from penstock.storage.npyfile import NpyWriter, open_npy
+from penstock.storage.npyfile import NpyWriter, drop_pages, open_npy
 from penstock.storage.progress import Progress, silent
 from penstock.storage.resumable import StoreBuild, begin_build
 from penstock.storage.rows import RowDtype, RowFormat, encode_rows
@@ -152,9 +152,11 @@ class _Generator:
                     )
 
                 parallel_for(fill, hi - lo, self.threads)
-                writer.append(buffer[: int(indptr[hi]) - base])
+                done = int(indptr[hi])
+                writer.append(buffer[: done - base])
+                drop_pages(indptr)  # else its pages would be memory that grows with the graph
                 lo = hi
-                self.progress("generate edges", int(indptr[hi]), num_edges, "edges")
+                self.progress("generate edges", done, num_edges, "edges")
         assert writer.entry is not None
         return {}, (writer.entry,)
 

@@ -30,8 +30,8 @@ def _probe(features: NDArray[np.float32], graph: GraphStore) -> float:
     x = (x - x.mean(0)) / x.std(0)
     train, test = (torch.from_numpy(graph.split_ids(split).astype(np.int64)) for split in ("train", "test"))
     model = torch.nn.Linear(x.shape[1], graph.meta.num_classes)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=1e-4)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-4)
+    for _ in range(60):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[train]), y[train]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -176,5 +176,5 @@ def test_memory_does_not_grow_with_the_graph(tmp_path: Path) -> None:
     for num_nodes in (100_000, 4_000_000):
         command = [sys.executable, "-c", _CHILD, str(tmp_path / str(num_nodes)), str(num_nodes)]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    # the larger graph has 170 MB; what grows is a few pages of the mapped indptr
-    assert peaks[1] - peaks[0] < 40 << 20
+    # the larger graph has 190 MB
+    assert peaks[1] - peaks[0] < 25 << 20

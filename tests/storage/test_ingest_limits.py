@@ -38,7 +38,7 @@ def _tables(folder: Path, num_nodes: int, num_edges: int, width: int) -> tuple[P
 
 
 def test_memory_stays_near_the_budget(tmp_path: Path) -> None:
-    _tables(tmp_path, 500_000, 4_000_000, 200)  # 400 MB of features in one row group, 64 MB of edges
+    _tables(tmp_path, 300_000, 2_500_000, 200)  # 240 MB of features in one row group, 40 MB of edges
     command = [sys.executable, "-c", _CHILD, str(tmp_path)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     # beside the budget: compiled kernels, Arrow's pools and pages, and buffers of the C library
