@@ -209,5 +209,6 @@ def choose_layout(recording: Recording, terms: Terms) -> Choice:
     smallest = min(shared_disk, rolling_disk, private.disk_bytes if terms.mode != "rolling" else 2**62)
     raise DoesNotFit(
         f"packs need {format_bytes(private.disk_bytes)} of disk, --disk allows {format_bytes(terms.disk_bytes)} "
-        f"({terms.disk_bytes} bytes); use --disk {smallest} or more, a narrower row dtype or more --host-memory"
+        f"({terms.disk_bytes} bytes); use --disk {smallest} or more, a narrower row dtype or more --host-memory",
+        disk_bytes=smallest,
     )

@@ -7,6 +7,7 @@ of the real policy then correct until memory is neither exceeded nor left unused
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,13 +109,21 @@ def _fitting_slots(curve: MissCurve, sizes: ItemSizes, host_bytes: int) -> int:
 
 
 def choose_host_slots(
-    replay: Callable[[int], LapCounts], *, sizes: ItemSizes, curve: MissCurve, host_bytes: int, movable: bool
+    replay: Callable[[int], LapCounts],
+    *,
+    sizes: ItemSizes,
+    curve: MissCurve,
+    host_bytes: int,
+    movable: bool,
+    share: float = 1.0,
 ) -> int:
     """Find the largest host tier that fits with its extents; `replay(slots)` counts misses under the real policy.
 
-    `movable` False means no host tier. Raises DoesNotFit, naming the smallest --host-memory that would do: that of the
+    `movable` False means no host tier; only `share` of the budget is for feeding. Raises DoesNotFit, naming the smallest --host-memory that would do: that of the
     leanest static size, or of none, which do not depend on the budget.
     """
+
+    budget, host_bytes = host_bytes, int(host_bytes * share)
 
     def need(slots: int) -> int:
         counts = replay(slots)
@@ -137,8 +146,9 @@ def choose_host_slots(
         if found <= host_bytes:
             return slots
     raise DoesNotFit(
-        f"--host-memory {format_bytes(host_bytes)} ({host_bytes} bytes) cannot hold two extents and two batches of "
-        f"the largest item; use --host-memory {smallest} or more, a smaller batch size or smaller fanouts"
+        f"--host-memory {format_bytes(budget)} ({budget} bytes) cannot hold two extents and two batches of the "
+        f"largest item; use --host-memory {ceil(smallest / share)} or more, a smaller batch size or smaller fanouts",
+        host_bytes=ceil(smallest / share),
     )
 
 

@@ -17,7 +17,14 @@ class FormatError(DataError):
 
 
 class DoesNotFit(ValueError):
-    """A budget, or the disk, is too small. The message names the smallest that would do."""
+    """A budget, or the disk, is too small. The message names the smallest that would do.
+
+    Where the planner knows it, `host_bytes` or `disk_bytes` has that smallest budget, for callers that were given a share.
+    """
+
+    def __init__(self, message: str, *, host_bytes: int | None = None, disk_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
 
 
 class MissingDependency(ImportError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, pack_split, sample_split, split_budgets, train_epochs
+from penstock.prepare import Prepared, sample_split
 from penstock.run import Run
 
 OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
@@ -34,7 +34,7 @@ class TrainFeed:
 
 
 def _from_memory(run: Run) -> TrainFeed:
-    trace = sample_split(run, "train", train_epochs(run))
+    trace = sample_split(run, "train")
 
     def open_steps(start_step: int, stop_step: int) -> Feed:
         return open_memory_feed(
@@ -57,7 +57,7 @@ def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
             run.graph,
             start_step=start_step,
             stop_step=stop_step,
-            host_memory=split_budgets(run, "train").host_bytes,
+            host_memory=run.train_host_bytes,
             device=run.config.train.device,
             threads=run.threads,
         )
@@ -65,9 +65,6 @@ def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
     return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
 
 
-def open_train_feed(run: Run) -> TrainFeed:
-    """Prepare what training reads, and say how to open it."""
-    if run.config.feed == "memory":
-        return _from_memory(run)
-    prepared = pack_split(run, "train")
-    return _from_packs(run, prepared)
+def open_train_feed(run: Run, prepared: Prepared | None) -> TrainFeed:
+    """Say how to open what training reads: the packs that were prepared for it, or memory."""
+    return _from_memory(run) if prepared is None else _from_packs(run, prepared)

@@ -70,7 +70,7 @@ def _check_extents(path: Path, window: int) -> None:
     with DirectFile(path / window_name(window, "pack"), "read") as file:
         for offset, num_bytes, wanted in zip(index.offsets, index.bytes, index.xxh3, strict=True):
             file.read_into(buffer, offset, num_bytes)
-            if xxhash.xxh3_64_hexdigest(memoryview(buffer)[:num_bytes]) != wanted:
+            if xxhash.xxh3_64_hexdigest(buffer[:num_bytes].tobytes()) != wanted:
                 raise FormatError(f"{file.path}: the extent at {offset} differs from its checksum; delete the packs")
 
 

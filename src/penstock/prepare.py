@@ -1,10 +1,12 @@
-"""From a split to packs: sample, plan, pack, in a folder of the run; each step skipped when done.
+"""From splits to packs: sample, plan, pack, each split in a folder of the run, each step skipped when done.
 
 Training cycles the packs of a few sampled epochs, or follows a rolling producer. Evaluation packs once and reads in
-order, without a host tier.
+order, without a host tier. All splits are planned before any is packed, so what cannot fit is found at the start.
 """
 
+import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ from penstock.sampler.estimate import DiskRates, PlanSummary
 from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
-from penstock.storage.budget import Budgets
+from penstock.storage.budget import Budgets, format_bytes
+from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import is_complete
 from penstock.storage.trace import Trace
 
-_EVALUATION_DISK_SHARE = 0.1
 _SAMPLE_MEMORY_SHARE = 0.5  # sampling holds windows and scratch tables; the topology itself is mapped
 
 
@@ -47,7 +49,12 @@ def sample_config(run: Run, split: Split) -> SampleConfig:
     return config.model_copy(update=update)
 
 
-def sample_split(run: Run, split: Split, num_epochs: int) -> Trace:
+def train_epochs(run: Run) -> int:
+    """Epochs of training that are sampled ahead; a rolling run plans by one and samples each anew."""
+    return 1 if run.config.plan.mode == "rolling" else min(run.config.sampled_epochs, run.config.train.epochs)
+
+
+def sample_split(run: Run, split: Split) -> Trace:
     """Sample into `run/<split>/trace`."""
     return sample_trace(
         run.graph,
@@ -55,42 +62,41 @@ def sample_split(run: Run, split: Split, num_epochs: int) -> Trace:
         sample_config(run, split),
         split=split,
         shuffle=split == "train",
-        num_epochs=num_epochs,
-        host_memory=int(run.budgets.host_bytes * _SAMPLE_MEMORY_SHARE),
+        num_epochs=train_epochs(run) if split == "train" else 1,
+        host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
         threads=run.threads,
         progress=run.progress,
     )
 
 
-def split_budgets(run: Run, split: Split) -> Budgets:
-    """What a split's packs and feed may use."""
-    budgets = run.budgets
-    if not run.evaluated_splits:
-        return budgets
-    share = _EVALUATION_DISK_SHARE * len(run.evaluated_splits)
-    if split == "train":
-        return replace(budgets, disk_bytes=int(budgets.disk_bytes * (1 - share)))
-    disk_bytes = int(budgets.disk_bytes * _EVALUATION_DISK_SHARE)
-    return Budgets(device_bytes=0, host_bytes=run.evaluation_bytes, disk_bytes=disk_bytes)
+def train_budgets(run: Run) -> Budgets:
+    """What training may use: the run's budgets, less what evaluation keeps."""
+    planned = [split for split in run.evaluated_splits if (run.path / split / "plan.json").is_file()]
+    kept = sum(read_summary(run, split).disk_needed_bytes for split in planned)
+    disk_bytes = max(0, run.budgets.disk_bytes - kept)
+    return replace(run.budgets, host_bytes=run.train_host_bytes, disk_bytes=disk_bytes)
 
 
-def train_epochs(run: Run) -> int:
-    """Epochs of training that are sampled ahead; a rolling run plans by one and samples each anew."""
-    return 1 if run.config.plan.mode == "rolling" else min(run.config.sampled_epochs, run.config.train.epochs)
+def read_summary(run: Run, split: Split) -> PlanSummary:
+    """The summary of a split that has been planned."""
+    value = read_json(run.path / split / "plan.json")
+    return PlanSummary(**{**value, "disk_rates": DiskRates(**value["disk_rates"])})
 
 
-def plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
-    """Sample and plan; `plan.json` has the summary."""
-    trace = sample_split(run, split, train_epochs(run) if split == "train" else 1)
+def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
+    trace = sample_split(run, split)
     config = run.config.plan
-    if split != "train":
+    if split == "train":
+        budgets = train_budgets(run)
+    else:
         config = PlanConfig(policy="none", mode="reuse", row_dtype=config.row_dtype)
+        budgets = replace(run.budgets, device_bytes=0, host_bytes=run.evaluation_bytes)
     folder = run.path / split
     plan = plan_packs(
         run.graph,
         trace,
         config,
-        split_budgets(run, split),
+        budgets,
         disk_rates=run.disk_rates,
         scratch=folder / "plan",
         progress=run.progress,
@@ -100,34 +106,66 @@ def plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
     return trace, plan
 
 
-def read_summary(path: Path) -> PlanSummary:
-    """Read a `plan.json`."""
-    value = read_json(path)
-    return PlanSummary(**{**value, "disk_rates": DiskRates(**value["disk_rates"])})
+def _does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
+    """Say what the whole run needs; each split was planned within its share."""
+    train = errors.get("train")
+    if train is not None and train.disk_bytes is not None and len(errors) == 1:
+        kept = run.budgets.disk_bytes - train_budgets(run).disk_bytes
+        needed = train.disk_bytes + kept
+        return DoesNotFit(
+            f"--disk {format_bytes(run.budgets.disk_bytes)} is too small: training needs "
+            f"{format_bytes(train.disk_bytes)}, evaluation {format_bytes(kept)}; use --disk {needed} or more, "
+            "fewer sampled_epochs, a narrower row dtype or more --host-memory",
+            disk_bytes=needed,
+        )
+    if any(error.host_bytes is None for error in errors.values()):
+        return next(iter(errors.values()))
+    whole = run.budgets.host_bytes
+    shares = {"train": run.train_host_bytes / whole}
+    needed = max(
+        math.ceil((error.host_bytes or 0) / shares.get(split, run.config.evaluate.memory_share))
+        for split, error in errors.items()
+    )
+    names = ", ".join(f"{split} items {format_bytes(error.host_bytes or 0)}" for split, error in errors.items())
+    return DoesNotFit(
+        f"--host-memory {format_bytes(whole)} is too small: feeding needs, for {names} "
+        f"(evaluation has {run.config.evaluate.memory_share:.0%} of it); use --host-memory {needed} or more, "
+        "a smaller batch size or smaller fanouts",
+        host_bytes=needed,
+    )
 
 
-def plan_train(run: Run) -> PlanSummary:
-    """The plan of training, made now unless the packs that follow it are there."""
-    folder = run.path / "train"
-    if is_complete(folder / "packs"):
-        return read_summary(folder / "plan.json")
-    _, plan = plan_split(run, "train")
-    assert plan.summary is not None
-    return plan.summary
+def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Plan]]:
+    """Sample and plan those of `splits` whose packs are not complete; DoesNotFit says what all of them need."""
+    plans: dict[Split, tuple[Trace, Plan]] = {}
+    errors: dict[Split, DoesNotFit] = {}
+    for split in splits:
+        if is_complete(run.path / split / "packs"):
+            continue
+        try:
+            plans[split] = _plan_split(run, split)
+        except DoesNotFit as error:
+            errors[split] = error
+    if errors:
+        raise _does_not_fit(run, errors)
+    return plans
 
 
-def pack_split(run: Run, split: Split) -> Prepared:
-    """Sample, plan and pack a split, or find that it is done; the trace and the plan's scratch are deleted after.
+def prepare(run: Run, splits: Iterable[Split]) -> dict[Split, Prepared]:
+    """Sample, plan and pack splits, or find that it is done; traces and the plans' scratch are deleted after.
 
     Where the plan is to roll, nothing is packed here: the producer does, while training reads.
     """
-    folder = run.path / split
-    packs = folder / "packs"
-    if not is_complete(packs):
-        trace, plan = plan_split(run, split)
-        if plan.mode == "reuse":
-            host_bytes = split_budgets(run, split).host_bytes
-            write_packs(plan, run.graph, trace, packs, host_memory=host_bytes, progress=run.progress)
-    for scratch in ("trace", "plan"):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
-    return Prepared(packs=packs, summary=read_summary(folder / "plan.json"))
+    splits = tuple(splits)
+    plans = plan_splits(run, splits)
+    prepared = {}
+    for split in splits:
+        folder = run.path / split
+        if split in plans and plans[split][1].mode == "reuse":
+            trace, plan = plans[split]
+            host_bytes = run.train_host_bytes if split == "train" else run.evaluation_bytes
+            write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=run.progress)
+        for scratch in ("trace", "plan"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+        prepared[split] = Prepared(packs=folder / "packs", summary=read_summary(run, split))
+    return prepared

@@ -45,7 +45,7 @@ def _train(graph: GraphStore, run_dir: Path, host_memory: int | None, quiet: boo
 def run_quickstart(directory: Path, *, num_nodes: int, result_json: Path | None, quiet: bool) -> dict[str, Any]:
     """Generate, train out of core, train in memory, compare; write `directory/result.json` and return it."""
     config = GenerateConfig(
-        num_nodes=num_nodes, num_features=NUM_FEATURES, avg_degree=16, train=0.05, valid=0.005, test=0.01
+        num_nodes=num_nodes, num_features=NUM_FEATURES, avg_degree=16, train=0.03, valid=0.005, test=0.01
     )
     feature_bytes = 4 * NUM_FEATURES * num_nodes
     directory.mkdir(parents=True, exist_ok=True)

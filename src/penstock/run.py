@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from penstock.config import RunConfig
@@ -41,7 +41,7 @@ class Run:
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
-        self._all_budgets, self.disk_rates = _resolve_machine(config)
+        self.budgets, self.disk_rates = _resolve_machine(config)
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
@@ -57,24 +57,19 @@ class Run:
         return tuple(split for split in splits if len(self.graph.split_ids(split)))
 
     @property
-    def host_bytes(self) -> int:
-        """Host memory of the whole run."""
-        return self._all_budgets.host_bytes
-
-    @property
     def evaluates(self) -> bool:
         """Whether there is a valid split to evaluate on, and the user wants it."""
         return self.config.evaluate.mode != "none" and len(self.graph.split_ids("valid")) > 0
 
     @property
-    def budgets(self) -> Budgets:
-        """The budgets of training: evaluation keeps its share of the host memory for itself."""
-        return replace(self._all_budgets, host_bytes=self._all_budgets.host_bytes - self.evaluation_bytes)
-
-    @property
     def evaluation_bytes(self) -> int:
         """Host memory that evaluation may use while the training feed is open."""
-        return int(self._all_budgets.host_bytes * self.config.evaluate.memory_share) if self.evaluates else 0
+        return int(self.budgets.host_bytes * self.config.evaluate.memory_share) if self.evaluates else 0
+
+    @property
+    def train_host_bytes(self) -> int:
+        """Host memory of the rest."""
+        return self.budgets.host_bytes - self.evaluation_bytes
 
 
 def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:

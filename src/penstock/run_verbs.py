@@ -11,7 +11,7 @@ from typing import Literal
 from penstock.config import RunConfig
 from penstock.display import print_table, progress
 from penstock.inference import infer
-from penstock.prepare import pack_split, plan_train
+from penstock.prepare import plan_splits, prepare, read_summary
 from penstock.run import open_run
 from penstock.sampler.estimate import summary_rows
 from penstock.storage.budget import format_bytes, parse_bytes
@@ -42,7 +42,8 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
 def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
     """`penstock plan`."""
     with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
-        summary = plan_train(run)
+        plan_splits(run, (*run.evaluated_splits, "train"))
+        summary = read_summary(run, "train")
     if as_json:
         print((config.run_dir / "train" / "plan.json").read_text())
     else:
@@ -52,13 +53,9 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
 def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     """`penstock pack`."""
     with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
-        prepared = pack_split(run, "train")
-        for split in run.evaluated_splits:
-            pack_split(run, split)
-    print_table(
-        f"packs of {config.run_dir}",
-        [("mode", prepared.summary.mode), ("packs", format_bytes(prepared.summary.pack_bytes))],
-    )
+        prepared = prepare(run, (*run.evaluated_splits, "train"))
+    sizes = [(split, format_bytes(found.summary.pack_bytes)) for split, found in prepared.items()]
+    print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])
 
 
 def run_train(config: RunConfig, *, force: bool, result_json: Path | None, quiet: bool) -> None:

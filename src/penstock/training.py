@@ -18,7 +18,7 @@ from penstock.engine.modelfile import save_model
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, Trainer, TrainResult, seed_step
 from penstock.feeds import TrainFeed, open_train_feed
-from penstock.prepare import Prepared, pack_split
+from penstock.prepare import Prepared, prepare
 from penstock.report import draw_curves, write_result
 from penstock.run import Run, open_run
 from penstock.sampler.row_source import read_row_error
@@ -100,7 +100,7 @@ def _metrics(run: Run, trained: TrainResult, final: Mapping[str, Metrics]) -> di
         "best_epoch": trained.best_epoch,
         "stopped_early": trained.stopped_early,
         "feature_bytes": run.graph.feature_bytes,
-        "host_memory_bytes": run.host_bytes,
+        "host_memory_bytes": run.budgets.host_bytes,
     }
 
 
@@ -124,9 +124,10 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
 
 def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
-    packs = {split: pack_split(run, split) for split in run.evaluated_splits}
+    in_memory = run.config.feed == "memory"
+    packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))
     evaluation, model = Evaluation(run, packs), make_model(run)
-    feed = open_train_feed(run)
+    feed = open_train_feed(run, packs.get("train"))
     prepare_s = time.perf_counter() - started
     trained = _run_trainer(run, feed, evaluation, model, resume)
     train_s = time.perf_counter() - started - prepare_s

@@ -1,0 +1,177 @@
+"""The command line as a pipeline sees it: exit codes, messages, files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from penstock.storage.budget import MIB
+from penstock.storage.generate import GenerateConfig, generate_graph
+
+SETTINGS = ["--host-memory", "24MiB", "--fanouts", "4,4", "--batch-size", "64", "--hidden", "16", "--epochs", "3"]
+
+
+def penstock(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "penstock", *map(str, words)]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "graph"
+    config = GenerateConfig(num_nodes=8000, num_features=32, avg_degree=8, train=0.1, valid=0.02, test=0.05)
+    generate_graph(out, config, host_memory=32 * MIB)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(graph: Path) -> Path:
+    run = graph.parent / "run"
+    done = penstock("train", graph, "--run-dir", run, *SETTINGS, "--quiet")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_train_leaves_its_files(trained: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    assert result["schema"] == 1 and result["status"] == "ok" and result["error"] is None
+    assert 0.2 < result["metrics"]["test_accuracy"] <= 1
+    assert result["peak_rss_bytes"] > 0 and result["bytes_read"] > 0
+    assert set(result["stalls"]) == {"stall_s", "read_s", "assemble_s"}
+    assert sum(result["hit_rates"].values()) == pytest.approx(1)
+    assert result["plan"]["host_slots"] > 0
+    for path in result["artefacts"].values():
+        assert Path(path).exists()
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "train_loss" in line] == [1, 2, 3]
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((trained / "config.yaml").read_text())["train"]["epochs"] == 3
+
+
+def test_a_second_run_is_already_done(graph: Path, trained: Path, tmp_path: Path) -> None:
+    before = (trained / "result.json").read_bytes()
+    done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--result-json", tmp_path / "deep" / "copy.json")
+    assert done.returncode == 0, done.stderr
+    assert (trained / "result.json").read_bytes() == before == (tmp_path / "deep" / "copy.json").read_bytes()
+
+
+def test_another_configuration_is_refused_by_name(graph: Path, trained: Path) -> None:
+    done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--lr", "0.5")
+    assert done.returncode == 2
+    assert "train.lr" in done.stderr and "--force" in done.stderr
+
+
+def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -> None:
+    done = penstock("plan", "-c", trained / "config.yaml", "--run-dir", tmp_path / "again", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["host_slots"] == json.loads((trained / "result.json").read_text())["plan"]["host_slots"]
+    assert not list((tmp_path / "again").rglob("*.pack")), "plan must not pack"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train", "--host-memry", "1GiB"], 2, "--host-memory"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "train.epoch=3"], 2, "'epochs'"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "modle.kind=gcn"], 2, "'model'"),
+        (["train", "{graph}"], 2, "run_dir is missing"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "lots"], 2, "'lots' is not a size"),
+        (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "200KiB"], 4, "smallest|at least"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--disk", "20KiB"], 4, "disk"),
+        (["inspect", "{tmp}"], 3, "no graph store"),
+        (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
+        (["bench", "sample", "--scale", "0"], 2, "scale"),
+    ],
+)
+def test_mistakes_have_an_exit_code_and_a_remedy(
+    graph: Path, tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    done = penstock(*(word.format(graph=graph, tmp=tmp_path) for word in words))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert any(part in done.stdout + done.stderr for part in message.split("|"))
+    assert "Traceback" not in done.stderr
+
+
+def test_infer_writes_every_node_under_its_id(graph: Path, trained: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "nodes.parquet"
+    done = penstock("infer", trained, out, "--quiet", "--host-memory", "64MiB")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(out)
+    assert table.column("id").to_pylist() == list(range(8000))
+    assert {"embedding", "logits", "prediction"} <= set(table.column_names)
+
+
+def test_inspect_knows_graphs_packs_and_runs(graph: Path, trained: Path) -> None:
+    kinds = []
+    for path in (graph, trained / "train" / "packs", trained):
+        done = penstock("inspect", path, "--validate", "--json")
+        assert done.returncode == 0, done.stderr
+        kinds.append(json.loads(done.stdout)["kind"])
+    assert kinds == ["graph store", "pack set", "run"]
+
+
+def test_inspect_finds_a_flipped_byte(graph: Path, trained: Path, tmp_path: Path) -> None:
+    packs = tmp_path / "packs"
+    subprocess.run(["cp", "-r", trained / "train" / "packs", packs], check=True)
+    pack = next(packs.glob("*.pack"))
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+    done = penstock("inspect", packs, "--validate")
+    assert done.returncode == 3 and "checksum" in done.stderr
+
+
+def test_sigterm_checkpoints_and_asks_to_be_run_again(graph: Path, tmp_path: Path) -> None:
+    words = ["train", graph, "--run-dir", tmp_path / "run", *SETTINGS, "--epochs", "60", "--quiet"]
+    command = [sys.executable, "-m", "penstock", *map(str, words)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline, "training did not begin"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
+    resumed = penstock(*words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_from"] > 0
+    straight = tmp_path / "straight"
+    words[words.index(tmp_path / "run")] = straight
+    assert penstock(*words).returncode == 0
+    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (tmp_path / "run", straight)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_folder_in_use_is_refused(graph: Path, tmp_path: Path) -> None:
+    words = ["train", str(graph), "--run-dir", str(tmp_path / "run"), *SETTINGS, "--epochs", "400", "--quiet"]
+    process = subprocess.Popen([sys.executable, "-m", "penstock", *words])
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "config.yaml").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        done = penstock(*words)
+        assert done.returncode == 2 and f"process {process.pid}" in done.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_doctor_answers(tmp_path: Path) -> None:
+    done = penstock("doctor", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    checks = {line["check"] for line in json.loads(done.stdout)}
+    assert {"O_DIRECT", "sequential read", "memory free", "cores for this process", "torch"} <= checks
