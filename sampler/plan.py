@@ -29,7 +29,8 @@ from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import RowDtype, RowFormat
 from penstock.storage.trace import Trace, TraceMeta
 
-_ROLLING_MARGIN = 1.25  # later windows may hold larger items than those planned on
+ROLLING_MARGIN = 1.25  # later windows may hold larger items than those planned on
+ROLLING_SHARE = 0.75  # of host memory is for feeding; the rest is the producer's, which samples and packs meanwhile
 
 
 class PlanConfig(BaseModel):
@@ -99,6 +100,7 @@ def choose_slots(
     policy: PolicyName,
     num_device: int,
     host_bytes: int,
+    share: float = 1.0,
 ) -> int:
     """Rows of the host tier that the budget allows; DoesNotFit where not even none does."""
     device = Tiers(census.counts, policy="none", num_device=num_device, num_host=0, max_inputs=sizes.max_inputs)
@@ -113,7 +115,9 @@ def choose_slots(
         used = future if name == "belady" else None
         return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]
 
-    return choose_host_slots(replay, sizes=sizes, curve=curve, host_bytes=host_bytes, movable=policy != "none")
+    return choose_host_slots(
+        replay, sizes=sizes, curve=curve, host_bytes=host_bytes, movable=policy != "none", share=share
+    )
 
 
 def plan_packs(
@@ -143,7 +147,7 @@ def plan_packs(
             num_inputs=accesses.num_inputs,
             payload_bytes=accesses.payload_bytes,
             row_format=row_format,
-            margin=_ROLLING_MARGIN if config.mode == "rolling" else 1.0,
+            margin=ROLLING_MARGIN if config.mode == "rolling" else 1.0,
         )
         progress("plan", 0, 4, "passes")
         census = take_census(accesses.ids, num_items, graph.num_nodes, never=2 * num_items)
@@ -161,6 +165,7 @@ def plan_packs(
                 policy=config.policy,
                 num_device=num_device,
                 host_bytes=budgets.host_bytes,
+                share=ROLLING_SHARE if config.mode == "rolling" else 1.0,
             )
             progress("plan", 2, 4, "passes")
             policy: PolicyName = config.policy if num_host > 0 else "none"

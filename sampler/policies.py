@@ -39,14 +39,13 @@ class Belady:
 
     needs_future = True
 
-    def __init__(self, place: NDArray[np.int32], num_device: int, num_host: int, max_inputs: int) -> None:
+    def __init__(self, place: NDArray[np.int32], num_device: int, num_host: int) -> None:
         self.nodes = np.full(num_host, -1, np.int64)
         self._place, self._num_device = place, num_device
         self._links = np.full((num_host, 4), -1, np.int32)
         self._heads = np.full(1, -1, np.int32)
         self._rows = np.empty(num_host, np.int32)
-        count = min(num_host, max_inputs)
-        self._admit_rows, self._admit_slots = np.empty(count, np.int32), np.empty(count, np.int32)
+        self._admit_rows, self._admit_slots = np.empty(num_host, np.int32), np.empty(num_host, np.int32)
 
     def start(self, uses: NDArray[np.int32], num_times: int) -> None:
         """Hang all slots into the lists of their next uses, ordered by node id so that slot numbers do not matter."""
@@ -123,12 +122,12 @@ def top_rows(counts: NDArray[np.int32], place: NDArray[np.int32], num_rows: int)
     return out
 
 
-def make_belady(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int, inputs: int) -> Policy:
+def make_belady(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int) -> Policy:
     """An empty Belady tier."""
-    return Belady(place, device, host, inputs)
+    return Belady(place, device, host)
 
 
-def make_static(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int, inputs: int) -> Policy:
+def make_static(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int) -> Policy:
     """The rows accessed most, placed."""
     nodes = np.full(host, -1, np.int64)
     top = top_rows(counts, place, host)
@@ -137,10 +136,10 @@ def make_static(place: NDArray[np.int32], counts: NDArray[np.int32], device: int
     return Fixed(nodes)
 
 
-def make_none(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int, inputs: int) -> Policy:
+def make_none(place: NDArray[np.int32], counts: NDArray[np.int32], device: int, host: int) -> Policy:
     """No host tier."""
     return Fixed(np.empty(0, np.int64))
 
 
-# place, access counts, device slots, host slots, most inputs of an item -> policy
+# place, access counts, device slots, host slots -> policy
 POLICIES = {"belady": make_belady, "static": make_static, "none": make_none}

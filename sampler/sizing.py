@@ -119,8 +119,9 @@ def choose_host_slots(
 ) -> int:
     """Find the largest host tier that fits with its extents; `replay(slots)` counts misses under the real policy.
 
-    `movable` False means no host tier; only `share` of the budget is for feeding. Raises DoesNotFit, naming the smallest --host-memory that would do: that of the
-    leanest static size, or of none, which do not depend on the budget.
+    `movable` False means no host tier; only `share` of the budget is for feeding. Raises DoesNotFit, naming the
+    smallest --host-memory that would do: that of the leanest static size, or of none, which do not depend on the
+    budget.
     """
 
     budget, host_bytes = host_bytes, int(host_bytes * share)

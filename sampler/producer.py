@@ -1,0 +1,152 @@
+"""The process that makes rolling windows: start it, watch it, end it.
+
+It writes `error.json` when it fails, so that the consumer learns why, and ends itself when its parent is gone.
+"""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+
+from penstock.sampler.neighbors import SampleConfig
+from penstock.sampler.plan import PlanConfig
+from penstock.sampler.rolling import clear_windows, produce_windows
+from penstock.storage.budget import Budgets
+from penstock.storage.errors import DataError, DoesNotFit, FormatError
+from penstock.storage.graph import Split
+from penstock.storage.manifest import read_json, write_json
+
+_ERROR = "error.json"
+_WATCH_S = 0.5
+_STOP_S = 10.0
+_KINDS: dict[str, type[Exception]] = {"DoesNotFit": DoesNotFit, "DataError": DataError, "FormatError": FormatError}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to produce; sent to the process."""
+
+    graph: Path
+    out: Path
+    sample: SampleConfig
+    plan: PlanConfig
+    budgets: Budgets
+    start_step: int
+    stop_step: int
+    split: Split
+    threads: int
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is another: packing survives a kill at any point."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_S)
+    os._exit(1)
+
+
+def _work(order: Order, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        produce_windows(
+            order.graph,
+            order.out,
+            order.sample,
+            order.plan,
+            order.budgets,
+            start_step=order.start_step,
+            stop_step=order.stop_step,
+            split=order.split,
+            threads=order.threads,
+        )
+    except Exception as error:
+        report = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        write_json(order.out / _ERROR, report)
+        raise SystemExit(1) from error
+
+
+class Producer:
+    """A running producer; a context manager that stops it. `check` may be called from any thread."""
+
+    def __init__(self, process: BaseProcess, out: Path) -> None:
+        self._process, self.out = process, out
+
+    def __enter__(self) -> "Producer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raise what ended the producer, if it failed; RuntimeError where it died without a word."""
+        if (self.out / _ERROR).is_file():
+            report = read_json(self.out / _ERROR)
+            logging.getLogger(__name__).debug("the producer failed:\n%s", report["traceback"])
+            raise _KINDS.get(report["kind"], RuntimeError)(
+                f"the producer of rolling windows failed: {report['message']}"
+            )
+        code = self._process.exitcode
+        if code:
+            raise RuntimeError(
+                f"the producer of rolling windows in {self.out} died with exit code {code} (negative: killed by that "
+                "signal, -9 often for lack of memory); resume the run, with less --host-memory if it happens again"
+            )
+
+    def stop(self) -> None:
+        """End the process, and delete its scratch; a second call does nothing."""
+        self._process.terminate()
+        self._process.join(_STOP_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        for name in ("traces", "scratch", "probe"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+
+def start_producer(
+    graph: Path,
+    out: Path,
+    sample: SampleConfig,
+    plan: PlanConfig,
+    budgets: Budgets,
+    *,
+    start_step: int,
+    stop_step: int,
+    split: Split = "train",
+    threads: int = 1,
+) -> Producer:
+    """Start producing into the folder `out`, which is cleared; returns when the pack set can be opened.
+
+    Raises what the producer raises before that. Programs that call this need the usual `if __name__ == "__main__"`.
+    """
+    clear_windows(out)
+    order = Order(
+        graph=graph,
+        out=out,
+        sample=sample,
+        plan=plan,
+        budgets=budgets,
+        start_step=start_step,
+        stop_step=stop_step,
+        split=split,
+        threads=threads,
+    )
+    process = multiprocessing.get_context("spawn").Process(
+        target=_work, args=(order, os.getpid()), name="penstock-producer", daemon=True
+    )
+    process.start()
+    producer = Producer(process, out)
+    try:
+        while not (out / "packset.json").is_file():
+            producer.check()
+            time.sleep(0.02)
+    except BaseException:
+        producer.stop()
+        raise
+    return producer

@@ -1,0 +1,280 @@
+"""Rolling windows: sampled, planned and packed ahead of the trainer, deleted behind it, on a bounded disk.
+
+The producer is a process of its own (started with the spawn method), because sampling and packing want cores and memory
+without the trainer's locks. The consumer deletes a window's files when it is done with them; the producer waits until
+another window fits under the disk budget. Items are those that a trace of all epochs would have, so a producer that is
+started anew at the trainer's step serves the same values, and nothing needs to be kept for a resume.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from penstock.sampler.accesses import Accesses
+from penstock.sampler.layouts import rolling_fixed_bytes, rolling_item_bytes
+from penstock.sampler.lookahead import RollingPlanner
+from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
+from penstock.sampler.neighbors import SampleConfig, make_trace_meta, sample_window
+from penstock.sampler.packer import begin_packset, pack_windows
+from penstock.sampler.plan import (
+    ROLLING_MARGIN,
+    ROLLING_SHARE,
+    Plan,
+    PlanConfig,
+    choose_slots,
+    device_slots,
+    feature_table,
+    packed_format,
+    packset_meta,
+)
+from penstock.sampler.policies import PolicyName
+from penstock.sampler.recording import Recording
+from penstock.sampler.scratch import ItemArrays
+from penstock.sampler.sizing import ItemSizes
+from penstock.storage.budget import MIB, Budgets, format_bytes
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.graph import GraphStore, Split, open_graph
+from penstock.storage.pack import PackSetMeta
+from penstock.storage.progress import Progress, silent
+from penstock.storage.trace import TraceMeta, WindowIndex, window_name
+
+logger = logging.getLogger(__name__)
+
+_PROBE_ITEMS = 32
+_POLL_S = 0.05
+_INPUTS_MARGIN = 1.5  # the feed's batches cannot grow, and hubs make some items large
+_LEAST_MEMORY = 32 * MIB  # of the producer; below it, packing is slow and sampling may refuse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rolling:
+    """What a producer needs all along."""
+
+    graph: GraphStore
+    sample: SampleConfig
+    trace: TraceMeta
+    meta: PackSetMeta
+    policy: PolicyName
+    memory: int
+    threads: int
+    disk_bytes: int
+
+
+def clear_windows(out: Path) -> None:
+    """Delete what an earlier producer left in the folder; it was planned on tiers that are gone."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+
+
+def _probe(
+    graph: GraphStore,
+    out: Path,
+    sample: SampleConfig,
+    plan: PlanConfig,
+    budgets: Budgets,
+    meta: TraceMeta,
+    start_step: int,
+    threads: int,
+) -> tuple[TraceMeta, PackSetMeta]:
+    """Sample some items where training starts, and size tiers and windows by them. DoesNotFit where none fits."""
+    memory, row_format = _producer_memory(budgets), packed_format(graph, plan)
+    probe = replace(meta, window_items=min(_PROBE_ITEMS, meta.items_per_epoch))
+    folder = out / "probe"
+    index = sample_window(
+        graph, folder, sample, probe, start_step // probe.window_items, host_memory=memory, threads=threads
+    )
+    with Accesses(folder, [index]) as accesses:
+        count = len(accesses)
+        sizes = ItemSizes(
+            num_inputs=accesses.num_inputs,
+            payload_bytes=accesses.payload_bytes,
+            row_format=row_format,
+            margin=ROLLING_MARGIN,
+        )
+        census = take_census(accesses.ids, count, graph.num_nodes, never=2 * count)
+        num_device = device_slots(budgets.device_bytes, row_format, census)
+        with ItemArrays(folder / "future.bin", "<i4", count, accesses.num_inputs) as uses:
+            cyclic_future(accesses.ids, count, census, uses, sizes.max_inputs)
+            num_host = choose_slots(
+                accesses,
+                sizes,
+                census,
+                uses,
+                policy=plan.policy,
+                num_device=num_device,
+                host_bytes=budgets.host_bytes,
+                share=ROLLING_SHARE,
+            )
+            policy: PolicyName = plan.policy if num_host else "none"
+            future = uses if policy == "belady" else None
+            tiers = Tiers(
+                census.counts, policy=policy, num_device=num_device, num_host=num_host, max_inputs=sizes.max_inputs
+            )
+            counts = settle(tiers, accesses.ids, count, future, max_laps=1)  # rolling tiers start empty
+    shutil.rmtree(folder)
+    extent_bytes = float(sizes.extent_bytes(counts.misses, counts.admits).mean())
+    window_items = _window_items(budgets.disk_bytes, sizes, extent_bytes, num_device + num_host, meta.items_per_epoch)
+    packset = packset_meta(
+        graph,
+        replace(meta, window_items=window_items),
+        mode="rolling",
+        policy=plan.policy,
+        row_format=row_format,
+        num_device=num_device,
+        num_host=num_host,
+        window_items=window_items,
+        num_items=meta.num_items,
+        max_extent_bytes=0,
+        max_inputs=min(graph.num_nodes, int(sizes.max_inputs * _INPUTS_MARGIN)),
+    )
+    return replace(meta, window_items=window_items), packset
+
+
+def _window_items(disk_bytes: int, sizes: ItemSizes, extent_bytes: float, slots: int, items_per_epoch: int) -> int:
+    item_bytes = rolling_item_bytes(extent_bytes, float(sizes.payload_bytes.mean()), float(sizes.num_inputs.mean()))
+    fixed = rolling_fixed_bytes(slots)
+    window_items = int((disk_bytes - fixed) // item_bytes)
+    if window_items < 1:
+        raise DoesNotFit(
+            f"--disk {format_bytes(disk_bytes)} cannot hold three rolling windows of one item each; use --disk "
+            f"{fixed + int(item_bytes) + 1} or more, a smaller batch size or smaller fanouts"
+        )
+    return min(window_items, items_per_epoch)
+
+
+def _producer_memory(budgets: Budgets) -> int:
+    return max(_LEAST_MEMORY, int(budgets.host_bytes * (1 - ROLLING_SHARE)))
+
+
+def produce_windows(
+    graph_path: Path,
+    out: Path,
+    sample_config: SampleConfig,
+    plan_config: PlanConfig,
+    budgets: Budgets,
+    *,
+    start_step: int,
+    stop_step: int,
+    split: Split = "train",
+    shuffle: bool = True,
+    threads: int = 1,
+    progress: Progress = silent,
+    wait: Callable[[], None] = lambda: time.sleep(_POLL_S),
+) -> None:
+    """Make the windows that hold steps start_step <= s < stop_step, in order, as fast as the disk budget allows.
+
+    Step s is item s of an endless trace. The folder `out` is cleared first. `wait` is called while there is no room,
+    and may raise to end. Raises DoesNotFit where a window cannot fit at all, DataError for bad data.
+    """
+    graph = open_graph(graph_path)
+    clear_windows(out)
+    once = make_trace_meta(graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle)
+    endless = replace(once, num_epochs=max(1, -(-stop_step // once.items_per_epoch)))
+    trace, meta = _probe(graph, out, sample_config, plan_config, budgets, endless, start_step, threads)
+    rolling = Rolling(
+        graph=graph,
+        sample=sample_config,
+        trace=trace,
+        meta=meta,
+        policy=plan_config.policy if meta.host_slots else "none",
+        memory=_producer_memory(budgets),
+        threads=threads,
+        disk_bytes=budgets.disk_bytes,
+    )
+    begin_packset(out, meta)
+    first, last = start_step // meta.window_items, (max(stop_step, start_step + 1) - 1) // meta.window_items
+    planner = RollingPlanner(
+        out / "traces",
+        policy=rolling.policy,
+        num_device=meta.device_slots,
+        num_host=meta.host_slots,
+        num_nodes=graph.num_nodes,
+        table=feature_table(graph),
+    )
+    current = _sample(rolling, out, first)
+    for window in range(first, last + 1):
+        following = _sample(rolling, out, window + 1) if window < last else None
+        _pack(rolling, out, planner, current, following, wait)
+        progress("produce", window - first + 1, last - first + 1, "windows")
+        if following is not None:
+            current = following
+
+
+def _sample(rolling: Rolling, out: Path, window: int) -> WindowIndex:
+    index = sample_window(
+        rolling.graph,
+        out / "traces",
+        rolling.sample,
+        rolling.trace,
+        window,
+        host_memory=rolling.memory,
+        threads=rolling.threads,
+    )
+    if max(index.num_inputs) > rolling.meta.max_inputs:
+        raise DoesNotFit(
+            f"an item of window {window} reads {max(index.num_inputs)} rows, {rolling.meta.max_inputs} were expected; "
+            "resume the run: it sizes its batches anew, where training is now"
+        )
+    return index
+
+
+def _pack(
+    rolling: Rolling,
+    out: Path,
+    planner: RollingPlanner,
+    current: WindowIndex,
+    following: WindowIndex | None,
+    wait: Callable[[], None],
+) -> None:
+    """Plan a window, wait until it fits, pack and publish it, and delete its trace."""
+    scratch = out / "scratch"
+    scratch.mkdir(exist_ok=True)
+    row_bytes = rolling.meta.row_format.row_bytes
+    recording = planner.plan(current, following, row_bytes=row_bytes, scratch=scratch)
+    plan = _window_plan(rolling, current.window, recording)
+    _wait_for_room(rolling, out, sum(head.extent_bytes for head in recording.heads), wait)
+    with Accesses(out / "traces", [current]) as accesses:
+        pack_windows(plan, accesses, [0], out, host_memory=rolling.memory)
+    recording.arrays.delete()
+    for suffix in ("json", "trace"):
+        (out / "traces" / window_name(current.window, suffix)).unlink()
+
+
+def _window_plan(rolling: Rolling, window: int, recording: Recording) -> Plan:
+    return Plan(
+        mode="rolling",
+        meta=rolling.meta,
+        first_window=window,
+        heads=recording.heads,
+        segment_rows=(0,),
+        arrays=recording.arrays,
+        table=feature_table(rolling.graph),
+        stored=rolling.graph.row_format,
+        summary=None,
+    )
+
+
+def used_bytes(folder: Path) -> int:
+    """Disk taken by all files below a folder; files may vanish meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            stat = path.lstat()
+        except FileNotFoundError:
+            continue
+        total += max(stat.st_size, stat.st_blocks * 512)
+    return total
+
+
+def _wait_for_room(rolling: Rolling, out: Path, pack_bytes: int, wait: Callable[[], None]) -> None:
+    needed = pack_bytes + rolling_fixed_bytes(rolling.meta.device_slots + rolling.meta.host_slots)
+    while (used := used_bytes(out)) + needed > rolling.disk_bytes:
+        if not any(out.glob("window-*.pack")):  # nothing that the trainer could free
+            raise DoesNotFit(
+                f"a window of {format_bytes(pack_bytes)} does not fit --disk {format_bytes(rolling.disk_bytes)} beside "
+                f"{format_bytes(used)} of traces; use --disk {used + needed} or more"
+            )
+        wait()
