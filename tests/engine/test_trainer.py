@@ -60,7 +60,7 @@ class Job:
         self.graph, self.traces, self.folder = graph, traces, folder
         model = {key: options.pop(key) for key in ("kind", "norm") if key in options}
         self.model_config = ModelConfig(num_layers=2, hidden=8, dropout=0.5, **{"kind": "sage", **model})
-        self.config = TrainConfig.model_validate({"epochs": 6, "lr": 0.01, "log_every": 3, **options})
+        self.config = TrainConfig.model_validate({"epochs": 6, "lr": 0.01, "log_every": 3, "threads": 1, **options})
         assert traces["train"].meta.items_per_epoch == ITEMS
         self.stop = threading.Event()
         self.model: nn.Module = nn.Identity()
