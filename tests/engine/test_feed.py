@@ -257,7 +257,7 @@ def test_a_consumer_that_leaves_early_stops_all_threads(
         for batch in feed:
             if batch.step == 3:
                 break
-    assert not [t for t in threading.enumerate() if t.name.startswith("penstock-") and "kernel" not in t.name]
+    assert not {"penstock-read", "penstock-assemble"} & {t.name for t in threading.enumerate()}
 
 
 def test_a_forgotten_feed_stops_its_threads(

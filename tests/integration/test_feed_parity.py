@@ -27,9 +27,16 @@ def content(batch: MiniBatch) -> tuple[Any, ...]:
 
 
 def plan_with(
-    graph: GraphStore, trace: Trace, config: PlanConfig, folder: Path, *, host_bytes: int, device_rows: int = 0
+    graph: GraphStore,
+    trace: Trace,
+    config: PlanConfig,
+    folder: Path,
+    *,
+    host_bytes: int,
+    device_rows: int = 0,
+    disk_bytes: int = 1 << 40,
 ) -> Plan:
-    budgets = Budgets(device_bytes=device_rows * 80, host_bytes=host_bytes, disk_bytes=1 << 40)
+    budgets = Budgets(device_bytes=device_rows * 80, host_bytes=host_bytes, disk_bytes=disk_bytes)
     return plan_packs(graph, trace, config, budgets, disk_rates=RATES, scratch=folder / "plan")
 
 
@@ -67,3 +74,17 @@ def test_plans_do_not_change_values(
             assert [content(batch) for batch in feed] == expected[start:]
     stats = feed.stats
     assert (stats.host_rows > 0) == (policy != "none") and (stats.device_rows > 0) == (device_rows > 0)
+
+
+def test_a_shared_layout_does_not_change_values(tiny_graph: GraphStore, tiny_trace: Trace, tmp_path: Path) -> None:
+    config = PlanConfig(policy="none", mode="reuse")
+    private = plan_with(tiny_graph, tiny_trace, config, tmp_path / "private", host_bytes=MIB).summary
+    assert private is not None and private.layout == "private"
+    plan = plan_with(tiny_graph, tiny_trace, config, tmp_path, host_bytes=MIB, disk_bytes=private.disk_needed_bytes - 1)
+    assert plan.summary is not None and plan.summary.layout == "shared"
+    write_packs(plan, tiny_graph, tiny_trace, tmp_path / "packs", host_memory=64 * MIB)
+    with open_memory_feed(tiny_graph, tiny_trace, start_step=0, stop_step=40) as memory:
+        expected = [content(batch) for batch in memory]
+    for start in (0, 21):
+        with open_pack_feed(tmp_path / "packs", tiny_graph, start_step=start, stop_step=40, host_memory=MIB) as feed:
+            assert [content(batch) for batch in feed] == expected[start:]
