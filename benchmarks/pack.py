@@ -25,7 +25,7 @@ from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore, open_graph
 from penstock.storage.trace import Trace, open_trace
 
-NUM_NODES, NUM_FEATURES, NUM_ITEMS = 2_000_000, 128, 40
+NUM_NODES, NUM_FEATURES, NUM_ITEMS = 2_000_000, 128, 120  # packs about as large as the table
 BATCH_SIZE, FANOUTS = 1024, (5, 10)
 TIER_SHARE = 0.1
 HOST_MEMORY = 512 * MIB

@@ -5,12 +5,13 @@ journal says is on disk was synced before it was written.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.sampler.row_source import Tally
 from penstock.storage.directio import PAGE
 from penstock.storage.manifest import write_atomic
 
@@ -21,8 +22,8 @@ NAME = "packing.journal"
 class Journal:
     """State of a pass over `windows` (of the plan with this digest) in parts of `part_rows`.
 
-    `buckets_done` counts sorted buckets of shared segments, -1 while parts are still being scanned. `max_error`,
-    `sum_error` and `rows` tell what conversion lost so far.
+    `buckets_done` counts sorted buckets of shared segments, -1 while parts are still being scanned. `tallies` tell
+    what conversion changed so far, per gathering thread.
     """
 
     plan: str
@@ -31,13 +32,11 @@ class Journal:
     bucket_rows: int
     parts_done: int = 0
     buckets_done: int = -1
-    max_error: float = 0.0
-    sum_error: float = 0.0
-    rows: int = 0
+    tallies: tuple[Tally, ...] = ()
 
     def same_pass(self, other: "Journal") -> bool:
         """Whether both speak of the same pass."""
-        blank = {"parts_done": 0, "buckets_done": -1, "max_error": 0.0, "sum_error": 0.0, "rows": 0}
+        blank = {"parts_done": 0, "buckets_done": -1, "tallies": ()}
         return asdict(self) | blank == asdict(other) | blank
 
 
@@ -56,7 +55,8 @@ def read_journal(folder: Path) -> tuple[Journal, NDArray[np.uint8]] | None:
     try:
         end = 8 + int(np.frombuffer(data, "<i8", 1)[0])
         value = json.loads(data[8:end])
-        journal = Journal(**{**value, "windows": tuple(value["windows"])})
+        tallies = tuple((float(most), float(total), int(rows)) for most, total, rows in value["tallies"])
+        journal = Journal(**{**value, "windows": tuple(value["windows"]), "tallies": tallies})
         return journal, np.frombuffer(data, np.uint8, offset=end).reshape(-1, PAGE)
     except (ValueError, TypeError, KeyError):
         return None
@@ -65,8 +65,3 @@ def read_journal(folder: Path) -> tuple[Journal, NDArray[np.uint8]] | None:
 def delete_journal(folder: Path) -> None:
     """The pass is over."""
     (folder / NAME).unlink(missing_ok=True)
-
-
-def advance(journal: Journal, **changes: int | float) -> Journal:
-    """The journal a step further."""
-    return replace(journal, **changes)  # type: ignore[arg-type]  # the callers name fields of Journal

@@ -8,18 +8,21 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kernels.parallel import parallel_for
 from penstock.sampler.accesses import Accesses
-from penstock.sampler.journal import Journal, advance, delete_journal, read_journal, write_journal
+from penstock.sampler.journal import Journal, delete_journal, read_journal, write_journal
 from penstock.sampler.part_reader import Part, PartReader
-from penstock.sampler.pass_layout import PassLayout, PassMemory, lay_out, part_bounds
+from penstock.sampler.pass_layout import GATHERERS, PassLayout, PassMemory, lay_out, part_bounds
 from penstock.sampler.plan import Plan
 from penstock.sampler.recording import PlanArrays
-from penstock.sampler.row_source import RowSource, write_row_error
+from penstock.sampler.row_source import RowSource, Tally, write_row_error
 from penstock.sampler.segment_order import bucket_order, segment_digest, sort_buckets
 from penstock.sampler.streams import StreamWriter
 from penstock.storage.directio import PAGE, DirectFile
@@ -54,7 +57,7 @@ class PackingPass:
         self.journal = Journal(
             plan=plan.digest, windows=tuple(windows), part_rows=memory.part_rows, bucket_rows=memory.bucket_rows
         )
-        self.source = RowSource(plan.stored, plan.meta.row_format, self._chunk_rows)
+        self.sources = [RowSource(plan.stored, plan.meta.row_format, self._chunk_rows) for _ in range(GATHERERS)]
         self._progress, self._checkpoint_s = progress, checkpoint_s
 
     @property
@@ -80,8 +83,8 @@ class PackingPass:
             self._finish(writer)
             if any(self.layout.shared_bytes.values()):
                 self._sort_segments(files, writer, reader.buffers)
-            if self.source.lossy:
-                write_row_error(self.out, self.plan.first_window + self.layout.windows[0], self.source)
+            if self.sources[0].lossy:
+                write_row_error(self.out, self.plan.first_window + self.layout.windows[0], self._tallies())
             self._publish(files, writer, reader.buffers[0])
 
     def _path(self, window: int) -> Path:
@@ -135,8 +138,8 @@ class PackingPass:
         tails: NDArray[np.uint8],
     ) -> None:
         self.journal = journal
-        self.source.error[:] = journal.max_error, journal.sum_error
-        self.source.rows = journal.rows
+        for source, tally in zip(self.sources, journal.tallies, strict=True):
+            source.tally = tally
         row_bytes = self.plan.meta.row_format.row_bytes
         for stream, region in enumerate(self.layout.regions):
             position = region.prefix_bytes + int(bounds[stream, journal.parts_done]) * row_bytes
@@ -175,35 +178,39 @@ class PackingPass:
             self._checkpoint(writer, 0)
         for part in reader.parts(self.journal.parts_done):
             last = part.number == reader.num_parts - 1
-            for stream in range(len(self.layout.regions)):
-                lo, hi = int(bounds[stream, part.number]), int(bounds[stream, part.number + 1])
-                if hi > lo:
-                    self._append_run(writer, stream, part, self._ids(stream, lo, hi))
+            gather = partial(self._append_runs, writer, part, bounds)
+            parallel_for(gather, GATHERERS, GATHERERS)
             self._progress("pack", min(total, int(writer.positions.sum())), total, "bytes")
             if last or time.monotonic() - saved >= self._checkpoint_s:
                 self._checkpoint(writer, part.number + 1)
                 saved = time.monotonic()
 
-    def _append_run(self, writer: StreamWriter, stream: int, part: Part, ids: NDArray[np.int64]) -> None:
+    def _append_runs(self, writer: StreamWriter, part: Part, bounds: NDArray[np.int32], lo: int, hi: int) -> None:
+        """What threads lo..hi-1 do; every stream has its thread, so that tallies do not depend on timing."""
+        for gatherer in range(lo, hi):
+            for stream in range(gatherer, len(self.layout.regions), GATHERERS):
+                first, past = int(bounds[stream, part.number]), int(bounds[stream, part.number + 1])
+                if past > first:
+                    self._append_run(writer, stream, part, self._ids(stream, first, past), self.sources[gatherer])
+
+    def _append_run(
+        self, writer: StreamWriter, stream: int, part: Part, ids: NDArray[np.int64], source: RowSource
+    ) -> None:
         row_bytes = self.plan.meta.row_format.row_bytes
         for lo in range(0, len(ids), self._chunk_rows):
             chunk = ids[lo : lo + self._chunk_rows]
             stage, at = writer.begin(stream)
             num_bytes = len(chunk) * row_bytes
-            self.source.copy(part, chunk, stage[at : at + num_bytes])
+            source.copy(part, chunk, stage[at : at + num_bytes])
             writer.append(stream, stage, num_bytes)
 
     def _checkpoint(self, writer: StreamWriter, parts_done: int, buckets_done: int = -1) -> None:
         writer.sync()
-        self.journal = advance(
-            self.journal,
-            parts_done=parts_done,
-            buckets_done=buckets_done,
-            max_error=float(self.source.error[0]),
-            sum_error=float(self.source.error[1]),
-            rows=self.source.rows,
-        )
+        self.journal = replace(self.journal, parts_done=parts_done, buckets_done=buckets_done, tallies=self._tallies())
         write_journal(self.out, self.journal, writer.tails)
+
+    def _tallies(self) -> tuple[Tally, ...]:
+        return tuple(source.tally for source in self.sources)
 
     def _finish(self, writer: StreamWriter) -> None:
         """Write the last page of every stream; not of buckets that are sorted already, which would spoil them."""

@@ -21,6 +21,7 @@ from penstock.storage.directio import PAGE, page_down, page_up
 from penstock.storage.errors import DoesNotFit
 
 _STREAM_BYTES = 2 * PAGE  # per stream: its tail, digest and bounds, and the tail again while a journal is written
+GATHERERS = 2  # threads that copy rows; fixed, so that nothing depends on the machine
 _SMALLEST_PART = 16 * MIB  # below it, tables are not cut for the sake of overlap
 
 
@@ -59,7 +60,7 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
     table, row_bytes = plan.table, plan.meta.row_format.row_bytes
     widest = max(table.row_bytes, row_bytes)
     stage = stage_for(widest, min(4 * MIB, max(64 * KIB, page_down(host_memory // 32))))
-    convert = 0 if plan.stored == plan.meta.row_format else -(-stage // row_bytes) * (widest + 8 * plan.stored.width)
+    convert = 0 if plan.stored == plan.meta.row_format else GATHERERS * -(-stage // row_bytes) * table.row_bytes
     unit_bytes = math.lcm(row_bytes, PAGE) if any(plan.segment_rows) else 0
     prefix = page_up(max(head.rows_offset for head in plan.heads))
     least = max(part_buffer_bytes(table, 1), prefix, unit_bytes)

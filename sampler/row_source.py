@@ -1,6 +1,7 @@
 """Rows of the feature table as packs want them: gathered from a part, and re-encoded where the formats differ."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,15 @@ class RowError:
 _ERROR_FILE = "row_error.json"
 
 
-def write_row_error(folder: Path, first_window: int, source: "RowSource") -> None:
+Tally = tuple[float, float, int]  # largest and sum of all differences, and rows
+
+
+def write_row_error(folder: Path, first_window: int, tallies: Sequence[Tally]) -> None:
     """Record what the pass that begins with this window changed; a repeated pass replaces its record."""
     path = folder / _ERROR_FILE
     passes = read_json(path) if path.exists() else {}
-    passes[str(first_window)] = {"max": float(source.error[0]), "sum": float(source.error[1]), "rows": source.rows}
+    largest, totals, rows = zip(*tallies, strict=True)
+    passes[str(first_window)] = {"max": max(largest), "sum": sum(totals), "rows": sum(rows)}
     write_json(path, passes)
 
 
@@ -49,15 +54,24 @@ def read_row_error(folder: Path) -> RowError | None:
 
 
 class RowSource:
-    """Copies rows of a part into bytes of a pack; `error` float64 [2] is the largest and the sum of all differences."""
+    """Copies rows of a part into bytes of a pack, and tallies what a change of format does to them. For one thread."""
 
     def __init__(self, stored: RowFormat, packed: RowFormat, chunk_rows: int) -> None:
         self.stored, self.packed = stored, packed
         self.rows = 0
-        self.error = np.zeros(2)
+        self._error = np.zeros(2)
         converts = stored != packed
         self._gathered = np.empty((chunk_rows if converts else 0, stored.row_bytes), np.uint8)
         self._scratch = np.empty((2, stored.width), np.float32)
+
+    @property
+    def tally(self) -> Tally:
+        """What was changed so far."""
+        return float(self._error[0]), float(self._error[1]), self.rows
+
+    @tally.setter
+    def tally(self, value: Tally) -> None:
+        self._error[:], self.rows = value[:2], value[2]
 
     @property
     def lossy(self) -> bool:
@@ -76,7 +90,7 @@ class RowSource:
         _gather(part, ids, self.stored.row_bytes, rows.reshape(-1))
         codes = [ROW_DTYPES.index(f.dtype) for f in (self.stored, self.packed)]
         target = out.reshape(len(ids), self.packed.row_bytes)
-        done = convert_rows(rows, codes[0], target, codes[1], self.stored.width, self._scratch, self.error)
+        done = convert_rows(rows, codes[0], target, codes[1], self.stored.width, self._scratch, self._error)
         if done < len(ids):
             worst = float(np.abs(self._scratch[0]).max())
             raise DataError(

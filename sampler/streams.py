@@ -39,7 +39,9 @@ class Region:
 
 
 class StreamWriter:
-    """Appends to streams through a ring of staging buffers; a context manager, used by one thread.
+    """Appends to streams through a ring of staging buffers; a context manager.
+
+    Several threads may append to different streams, fewer threads than there are buffers; the rest is for one thread.
 
     `tails` uint8 [S, PAGE] hold the bytes after each stream's last whole page, `digests` what was appended so far.
     """
@@ -54,7 +56,6 @@ class StreamWriter:
             self._free.put(aligned_buffer(stage_bytes))
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="penstock-writer")
         self._errors: list[BaseException] = []
-        self.written_bytes = 0
 
     def __enter__(self) -> "StreamWriter":
         return self
@@ -96,7 +97,6 @@ class StreamWriter:
 
     def _submit(self, stream: int, stage: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
         region = self.regions[stream]
-        self.written_bytes += num_bytes
         self._pool.submit(self._write, self._files[region.window], stage, region.offset + offset, num_bytes)
 
     def _write(self, file: DirectFile, stage: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
