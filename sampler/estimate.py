@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from penstock.storage.budget import GIB, MIB, format_bytes
-from penstock.storage.directio import IO_BYTES, PAGE, DirectFile, aligned_buffer
+from penstock.storage.budget import GIB, MIB, format_bytes, free_disk, require_free_disk
+from penstock.storage.directio import IO_BYTES, PAGE, DirectFile, aligned_buffer, page_down
 
 _PROBE_BYTES = 64 * MIB
 _RANDOM_THREADS = 16
@@ -31,13 +31,13 @@ class DiskRates:
     random_reads_per_s: float
 
 
-def _random_reads(file: DirectFile, seconds: float) -> float:
+def _random_reads(file: DirectFile, probe_bytes: int, seconds: float) -> float:
     end = time.perf_counter() + seconds
 
     def count_reads(seed: int) -> int:
         rng, buffer, done = np.random.default_rng(seed), aligned_buffer(PAGE), 0
         while time.perf_counter() < end:
-            file.read_into(buffer, int(rng.integers(_PROBE_BYTES // PAGE)) * PAGE, PAGE)
+            file.read_into(buffer, int(rng.integers(probe_bytes // PAGE)) * PAGE, PAGE)
             done += 1
         return done
 
@@ -46,29 +46,34 @@ def _random_reads(file: DirectFile, seconds: float) -> float:
 
 
 def measure_disk(folder: Path) -> DiskRates:
-    """Write, read and sample a 64 MiB file in `folder`, in about half a second; the file is removed."""
+    """Write, read and sample a file of 64 MiB in `folder`, in about half a second; the file is removed.
+
+    It never takes more than a quarter of what is free. DoesNotFit where that is less than 1 MiB.
+    """
+    probe_bytes = min(_PROBE_BYTES, page_down(free_disk(folder) // 4))
+    require_free_disk(folder, 4 * MIB, "measuring the disk")
     path = folder / f".penstock-probe-{os.getpid()}"
     buffer = aligned_buffer(IO_BYTES)
     buffer[:] = np.random.default_rng(0).integers(0, 256, len(buffer), np.uint8)
     try:
         with DirectFile(path, "write") as file:
-            file.reserve(_PROBE_BYTES)
+            file.reserve(probe_bytes)
             start = time.perf_counter()
-            for offset in range(0, _PROBE_BYTES, IO_BYTES):
-                file.write_from(buffer, offset, IO_BYTES)
+            for offset in range(0, probe_bytes, IO_BYTES):
+                file.write_from(buffer, offset, min(IO_BYTES, probe_bytes - offset))
             file.sync()
             write_s = time.perf_counter() - start
         with DirectFile(path, "read") as file:
             start = time.perf_counter()
-            for offset in range(0, _PROBE_BYTES, IO_BYTES):
-                file.read_into(buffer, offset, IO_BYTES)
+            for offset in range(0, probe_bytes, IO_BYTES):
+                file.read_into(buffer, offset, min(IO_BYTES, probe_bytes - offset))
             read_s = time.perf_counter() - start
-            random_reads = _random_reads(file, _RANDOM_S)
+            random_reads = _random_reads(file, probe_bytes, _RANDOM_S)
     finally:
         path.unlink(missing_ok=True)
     return DiskRates(
-        read_bytes_per_s=_PROBE_BYTES / max(read_s, 1e-9),
-        write_bytes_per_s=_PROBE_BYTES / max(write_s, 1e-9),
+        read_bytes_per_s=probe_bytes / max(read_s, 1e-9),
+        write_bytes_per_s=probe_bytes / max(write_s, 1e-9),
         random_reads_per_s=max(random_reads, 1.0),
     )
 

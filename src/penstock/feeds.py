@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, sample_split
+from penstock.prepare import Prepared, sample_config, sample_split, train_budgets
 from penstock.run import Run
+from penstock.sampler.plan import ROLLING_SHARE
+from penstock.sampler.producer import start_producer
 
 OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
 
@@ -65,6 +67,42 @@ def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
     return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
 
 
+def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
+    """A producer is started for the steps that are asked for and stopped behind them; its windows are never kept."""
+
+    @contextmanager
+    def open_steps(start_step: int, stop_step: int) -> Iterator[Feed]:
+        budgets = train_budgets(run)
+        with (
+            start_producer(
+                run.graph.path,
+                prepared.packs,
+                sample_config(run, "train"),
+                run.config.plan.model_copy(update={"mode": "rolling"}),
+                budgets,
+                start_step=start_step,
+                stop_step=stop_step,
+                threads=1,  # beside the trainer, which waits for cores and not for windows
+            ) as producer,
+            open_pack_feed(
+                prepared.packs,
+                run.graph,
+                start_step=start_step,
+                stop_step=stop_step,
+                host_memory=int(budgets.host_bytes * ROLLING_SHARE),
+                device=run.config.train.device,
+                threads=run.threads,
+                producer_check=producer.check,
+                delete_behind=True,
+            ) as feed,
+        ):
+            yield feed
+
+    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
+
+
 def open_train_feed(run: Run, prepared: Prepared | None) -> TrainFeed:
-    """Say how to open what training reads: the packs that were prepared for it, or memory."""
-    return _from_memory(run) if prepared is None else _from_packs(run, prepared)
+    """Say how to open what training reads: the packs that were prepared for it, a producer's windows, or memory."""
+    if prepared is None:
+        return _from_memory(run)
+    return _from_packs(run, prepared) if prepared.summary.mode == "reuse" else _from_producer(run, prepared)

@@ -135,12 +135,18 @@ def _does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
     )
 
 
+def _is_planned(folder: Path) -> bool:
+    """Whether the packs are complete, or are to be rolled out while training reads."""
+    plan = folder / "plan.json"
+    return is_complete(folder / "packs") or (plan.is_file() and read_json(plan)["mode"] == "rolling")
+
+
 def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Plan]]:
     """Sample and plan those of `splits` whose packs are not complete; DoesNotFit says what all of them need."""
     plans: dict[Split, tuple[Trace, Plan]] = {}
     errors: dict[Split, DoesNotFit] = {}
     for split in splits:
-        if is_complete(run.path / split / "packs"):
+        if _is_planned(run.path / split):
             continue
         try:
             plans[split] = _plan_split(run, split)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import yaml
 from penstock.storage.budget import MIB
 from penstock.storage.generate import GenerateConfig, generate_graph
 
-SETTINGS = ["--host-memory", "24MiB", "--fanouts", "4,4", "--batch-size", "64", "--hidden", "16", "--epochs", "3"]
+SHAPE = ["--fanouts", "4,4", "--batch-size", "64", "--hidden", "16", "--quiet"]
+SETTINGS = [*SHAPE, "--host-memory", "24MiB", "--epochs", "3"]
 
 
 def penstock(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +36,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(graph: Path) -> Path:
     run = graph.parent / "run"
-    done = penstock("train", graph, "--run-dir", run, *SETTINGS, "--quiet")
+    done = penstock("train", graph, "--run-dir", run, *SETTINGS)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -85,8 +87,6 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["train", "{graph}"], 2, "run_dir is missing"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "lots"], 2, "'lots' is not a size"),
         (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
-        (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "200KiB"], 4, "smallest|at least"),
-        (["train", "{graph}", "--run-dir", "{tmp}/r", "--disk", "20KiB"], 4, "disk"),
         (["inspect", "{tmp}"], 3, "no graph store"),
         (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
         (["bench", "sample", "--scale", "0"], 2, "scale"),
@@ -97,8 +97,24 @@ def test_mistakes_have_an_exit_code_and_a_remedy(
 ) -> None:
     done = penstock(*(word.format(graph=graph, tmp=tmp_path) for word in words))
     assert done.returncode == code, done.stdout + done.stderr
-    assert any(part in done.stdout + done.stderr for part in message.split("|"))
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--host-memory", "--disk"])
+def test_a_budget_that_is_too_small_names_one_that_works(graph: Path, tmp_path: Path, flag: str) -> None:
+    other = ["--disk", "1GiB"] if flag == "--host-memory" else ["--host-memory", "24MiB"]
+    smallest = "30KiB"
+    for attempt in range(4):  # more disk for evaluation may leave too little for training, once
+        run = tmp_path / f"run-{attempt}"
+        done = penstock("plan", graph, "--run-dir", run, *SHAPE, "--epochs", "1", *other, flag, smallest)
+        if done.returncode == 0:
+            break
+        assert done.returncode == 4, done.stderr
+        found = re.search(rf"use {flag} (\d+) or more", done.stderr)
+        assert found is not None, done.stderr
+        smallest = found[1]
+    assert 0 < attempt < (2 if flag == "--host-memory" else 4), "the budget that was named does not do"
 
 
 def test_infer_writes_every_node_under_its_id(graph: Path, trained: Path, tmp_path: Path) -> None:
@@ -133,7 +149,7 @@ def test_inspect_finds_a_flipped_byte(graph: Path, trained: Path, tmp_path: Path
 
 
 def test_sigterm_checkpoints_and_asks_to_be_run_again(graph: Path, tmp_path: Path) -> None:
-    words = ["train", graph, "--run-dir", tmp_path / "run", *SETTINGS, "--epochs", "60", "--quiet"]
+    words = ["train", graph, "--run-dir", tmp_path / "run", *SHAPE, "--host-memory", "24MiB", "--epochs", "60"]
     command = [sys.executable, "-m", "penstock", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -156,7 +172,17 @@ def test_sigterm_checkpoints_and_asks_to_be_run_again(graph: Path, tmp_path: Pat
 
 
 def test_a_run_folder_in_use_is_refused(graph: Path, tmp_path: Path) -> None:
-    words = ["train", str(graph), "--run-dir", str(tmp_path / "run"), *SETTINGS, "--epochs", "400", "--quiet"]
+    words = [
+        "train",
+        str(graph),
+        "--run-dir",
+        str(tmp_path / "run"),
+        *SHAPE,
+        "--host-memory",
+        "24MiB",
+        "--epochs",
+        "400",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "penstock", *words])
     try:
         deadline = time.monotonic() + 120
