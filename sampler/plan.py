@@ -111,6 +111,8 @@ def choose_slots(
     del device
 
     def replay(slots: int) -> LapCounts:
+        if share < 1.0:  # a producer starts with empty tiers, wherever training is: its first item misses all
+            return LapCounts(misses=sizes.num_inputs, admits=np.zeros_like(sizes.num_inputs), settled=True)
         name: PolicyName = policy if slots > 0 else "none"
         used = future if name == "belady" else None
         return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _PROBE_ITEMS = 32
 _POLL_S = 0.05
-_INPUTS_MARGIN = 1.5  # the feed's batches cannot grow, and hubs make some items large
 _LEAST_MEMORY = 32 * MIB  # of the producer; below it, packing is slow and sampling may refuse
 
 
@@ -128,7 +127,7 @@ def _probe(
         window_items=window_items,
         num_items=meta.num_items,
         max_extent_bytes=0,
-        max_inputs=min(graph.num_nodes, int(sizes.max_inputs * _INPUTS_MARGIN)),
+        max_inputs=min(graph.num_nodes, int(sizes.max_inputs * ROLLING_MARGIN)),
     )
     return replace(meta, window_items=window_items), packset
 
