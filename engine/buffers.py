@@ -12,6 +12,7 @@ from torch import Tensor
 from penstock.engine.minibatch import Block, MiniBatch
 from penstock.storage.trace import Item, decode_item
 
+_LINE = 64  # the gather streams into rows that start on a cache line
 _GROWTH = 1.25  # payloads differ by a few percent, so they stop growing soon
 
 
@@ -30,7 +31,9 @@ class BatchBuffer:
         if self._pinned:
             pinned: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             return pinned
-        return np.empty(num_bytes, np.uint8)
+        raw = np.empty(num_bytes + _LINE, np.uint8)
+        start = -raw.ctypes.data % _LINE
+        return raw[start : start + num_bytes]
 
     def _host_rows(self, num_rows: int) -> NDArray[np.float32]:
         return self._host_bytes(num_rows * self.width * 4).view(np.float32).reshape(num_rows, self.width)

@@ -64,6 +64,26 @@ def test_gathers_decode_as_storage_does(
         np.testing.assert_array_equal(out, expected.view(np.uint32))
 
 
+@pytest.mark.parametrize(("width", "shift"), [(128, 0), (128, 4), (16, 0), (100, 0)])
+def test_outputs_larger_than_caches_are_right_too(width: int, shift: int) -> None:
+    """They are streamed where rows are whole cache lines."""
+    rng = np.random.default_rng(width)
+    num_rows = (3 << 20) // width
+    tier = rng.integers(0, 2**32, 500 * width, dtype=np.uint32)
+    extent = rng.integers(0, 2**32, 40 * width + 7, dtype=np.uint32)
+    codes, shared_at = rng.integers(0, 540, num_rows).astype(np.int32), 7 + width * np.arange(30, 40)
+    raw = np.zeros((2, num_rows * width * 4 + 128), np.uint8)
+    starts = [-row.ctypes.data % 64 + shift for row in raw]
+    outs = [
+        row[at : at + num_rows * width * 4].view(np.uint32).reshape(num_rows, width)
+        for row, at in zip(raw, starts, strict=True)
+    ]
+    for lo, hi in ((0, 1000), (1000, num_rows)):
+        for module, out in zip((gather, reference_gather), outs, strict=True):
+            module.gather_float32(codes, 500, 30, tier, extent, 7, shared_at, width, out, lo, hi)
+    np.testing.assert_array_equal(outs[0], outs[1])
+
+
 def every_half() -> NDArray[np.uint16]:
     return np.arange(1 << 16, dtype=np.uint16)
 
