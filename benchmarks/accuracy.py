@@ -51,7 +51,7 @@ CASES = {
         fanouts=(-1, -1),
         batch_size=140,
         sampled_epochs=1,
-        model=ModelConfig(kind="gcn", num_layers=2, hidden=64, dropout=0.5, input_dropout=0.5),
+        model=ModelConfig(kind="gcn", num_layers=2, hidden=64, dropout=0.8, input_dropout=0.8),
         train=TrainConfig(epochs=200, lr=0.01, weight_decay=5e-4, checkpoint_minutes=None),
         target=0.805,
     ),
