@@ -44,11 +44,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What the choice depends on. `slots` are those of both tiers; `max_extent_bytes` is what host memory allows."""
+    """What the choice depends on. `slots` are those of both tiers; `max_extent_bytes` is what host memory allows,
+    `largest_extent_bytes` what an item takes that misses all its rows.
+    """
 
     mode: Mode
     disk_bytes: int
     max_extent_bytes: int
+    largest_extent_bytes: int
     window_items: int
     items_per_epoch: int
     num_nodes: int
@@ -146,9 +149,9 @@ def rolling_item_bytes(extent_bytes: float, payload_bytes: float, num_inputs: fl
     return _MARGIN * (_PACKED_WINDOWS * extent_bytes + _TRACED_WINDOWS * payload_bytes + plan_bytes)
 
 
-def rolling_fixed_bytes(slots: int) -> int:
-    """Disk that a rolling set takes however short its windows are."""
-    return _PACKED_WINDOWS * (PAGE + 8 * slots) + (1 << 16)
+def rolling_fixed_bytes(slots: int, largest_extent_bytes: int) -> int:
+    """Disk that a rolling set takes however short its windows are; each may hold an item that misses all."""
+    return _PACKED_WINDOWS * (PAGE + 8 * slots + largest_extent_bytes) + (1 << 16)
 
 
 def _roll(private: Choice, terms: Terms) -> tuple[Choice | None, int]:
@@ -159,7 +162,7 @@ def _roll(private: Choice, terms: Terms) -> tuple[Choice | None, int]:
         sum(head.payload_bytes for head in private.heads) / count,
         sum(head.num_inputs for head in private.heads) / count,
     )
-    fixed = rolling_fixed_bytes(terms.slots)
+    fixed = rolling_fixed_bytes(terms.slots, terms.largest_extent_bytes)
     window_items = min(int((terms.disk_bytes - fixed) // item_bytes), terms.items_per_epoch)
     if window_items < 1:
         return None, fixed + int(item_bytes) + 1

@@ -57,11 +57,18 @@ def write_packs(
     found = read_journal(out)
     if found is not None and found[0].plan == plan.digest:
         todo = sorted(set(todo) | set(found[0].windows))  # a pass is resumed as it was begun
+    sizes = lay_out(plan, todo, 1 << 62).file_bytes
+    before, total = 0, sum(sizes.values())
+
+    def report(stage: str, done: int, _: int, unit: str, /, **numbers: float) -> None:
+        progress(stage, before + done, total, unit, **numbers)
+
     with open_accesses(trace) as accesses:
         for windows in split_passes(plan, todo, host_memory):
             pack_windows(
-                plan, accesses, windows, out, host_memory=host_memory, progress=progress, checkpoint_s=checkpoint_s
+                plan, accesses, windows, out, host_memory=host_memory, progress=report, checkpoint_s=checkpoint_s
             )
+            before += sum(sizes[window] for window in windows)
     publish_packset(out, plan.meta)
     return plan.meta
 

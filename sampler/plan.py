@@ -100,9 +100,12 @@ def choose_slots(
     policy: PolicyName,
     num_device: int,
     host_bytes: int,
-    share: float = 1.0,
+    rolling: bool,
 ) -> int:
-    """Rows of the host tier that the budget allows; DoesNotFit where not even none does."""
+    """Rows of the host tier that the budget allows; DoesNotFit where not even none does.
+
+    Rolling tiers start empty wherever training is, so that an item may miss all; and the producer needs its share.
+    """
     device = Tiers(census.counts, policy="none", num_device=num_device, num_host=0, max_inputs=sizes.max_inputs)
     if policy == "none":
         curve = MissCurve(slots=np.zeros(1, np.int64), extents=np.zeros(1, np.int64))
@@ -111,14 +114,19 @@ def choose_slots(
     del device
 
     def replay(slots: int) -> LapCounts:
-        if share < 1.0:  # a producer starts with empty tiers, wherever training is: its first item misses all
+        if rolling:
             return LapCounts(misses=sizes.num_inputs, admits=np.zeros_like(sizes.num_inputs), settled=True)
         name: PolicyName = policy if slots > 0 else "none"
         used = future if name == "belady" else None
         return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]
 
     return choose_host_slots(
-        replay, sizes=sizes, curve=curve, host_bytes=host_bytes, movable=policy != "none", share=share
+        replay,
+        sizes=sizes,
+        curve=curve,
+        host_bytes=host_bytes,
+        movable=policy != "none",
+        share=ROLLING_SHARE if rolling else 1.0,
     )
 
 
@@ -167,7 +175,7 @@ def plan_packs(
                 policy=config.policy,
                 num_device=num_device,
                 host_bytes=budgets.host_bytes,
-                share=ROLLING_SHARE if config.mode == "rolling" else 1.0,
+                rolling=config.mode == "rolling",
             )
             progress("plan", 2, 4, "passes")
             policy: PolicyName = config.policy if num_host > 0 else "none"
@@ -193,6 +201,7 @@ def plan_packs(
         mode=config.mode,
         disk_bytes=budgets.disk_bytes,
         max_extent_bytes=(budgets.host_bytes - sizes.memory(num_host, 0)) // 2,
+        largest_extent_bytes=sizes.largest_extent_bytes,
         window_items=trace.meta.window_items,
         items_per_epoch=trace.meta.items_per_epoch,
         num_nodes=graph.num_nodes,

@@ -35,6 +35,7 @@ from penstock.sampler.recording import Recording
 from penstock.sampler.scratch import ItemArrays
 from penstock.sampler.sizing import ItemSizes
 from penstock.storage.budget import MIB, Budgets, format_bytes
+from penstock.storage.directio import PAGE
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import GraphStore, Split, open_graph
 from penstock.storage.pack import PackSetMeta
@@ -105,7 +106,7 @@ def _probe(
                 policy=plan.policy,
                 num_device=num_device,
                 host_bytes=budgets.host_bytes,
-                share=ROLLING_SHARE,
+                rolling=True,
             )
             policy: PolicyName = plan.policy if num_host else "none"
             future = uses if policy == "belady" else None
@@ -134,7 +135,7 @@ def _probe(
 
 def _window_items(disk_bytes: int, sizes: ItemSizes, extent_bytes: float, slots: int, items_per_epoch: int) -> int:
     item_bytes = rolling_item_bytes(extent_bytes, float(sizes.payload_bytes.mean()), float(sizes.num_inputs.mean()))
-    fixed = rolling_fixed_bytes(slots)
+    fixed = rolling_fixed_bytes(slots, sizes.largest_extent_bytes)
     window_items = int((disk_bytes - fixed) // item_bytes)
     if window_items < 1:
         raise DoesNotFit(
@@ -269,7 +270,8 @@ def used_bytes(folder: Path) -> int:
 
 
 def _wait_for_room(rolling: Rolling, out: Path, pack_bytes: int, wait: Callable[[], None]) -> None:
-    needed = pack_bytes + rolling_fixed_bytes(rolling.meta.device_slots + rolling.meta.host_slots)
+    slots, items = rolling.meta.device_slots + rolling.meta.host_slots, rolling.meta.window_items
+    needed = pack_bytes + 8 * slots + PAGE * (items + 4)  # residents, journal, indexes
     while (used := used_bytes(out)) + needed > rolling.disk_bytes:
         if not any(out.glob("window-*.pack")):  # nothing that the trainer could free
             raise DoesNotFit(

@@ -56,6 +56,11 @@ class ItemSizes:
         ]
         return np.array(sizes, np.int64)
 
+    @property
+    def largest_extent_bytes(self) -> int:
+        """Size of the largest extent if nothing is in a tier."""
+        return int(self.extent_bytes(self.num_inputs, np.zeros_like(self.num_inputs)).max(initial=0))
+
     def memory(self, host_slots: int, max_extent_bytes: int) -> int:
         """Host memory that feeding these items takes."""
         return feed_memory(

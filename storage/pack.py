@@ -123,8 +123,8 @@ def encode_extent_head(head: ExtentHead, out: NDArray[np.uint8]) -> None:
 
 def decode_extent_head(extent: NDArray[np.uint8]) -> ExtentHead:
     """Read the head; FormatError where the bytes are no extent or too few."""
-    words = extent[: 8 * _HEAD_WORDS].view("<i8").tolist()
-    if len(words) < _HEAD_WORDS or words[0] != MAGIC or words[1] not in VERSIONS:
+    words = extent[: 8 * _HEAD_WORDS].view("<i8").tolist() if len(extent) >= 8 * _HEAD_WORDS else []
+    if not words or words[0] != MAGIC or words[1] not in VERSIONS:
         raise FormatError("these bytes are no pack extent of a version this release reads; rebuild the packs")
     head = ExtentHead(**dict(zip((field.name for field in fields(ExtentHead)), words, strict=False)))
     if head.extent_bytes > len(extent):

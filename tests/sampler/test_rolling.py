@@ -1,0 +1,226 @@
+"""Rolling windows: the same values as a trace of all epochs, on a disk that stays under its budget, from a process
+that is killed, starves, fails or loses its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from penstock.sampler.neighbors import SampleConfig, sample_trace
+from penstock.sampler.plan import PlanConfig
+from penstock.sampler.producer import Producer, start_producer
+from penstock.sampler.rolling import produce_windows, used_bytes
+from penstock.storage.budget import Budgets
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.graph import GraphStore
+from penstock.storage.pack import decode_extent, has_window, open_packset, read_pack_index
+from penstock.storage.trace import encode_item, payload_bytes, window_name
+
+SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
+DISK = 220_000
+
+
+def budgets(disk: int = DISK, host: int = 110_000) -> Budgets:
+    return Budgets(device_bytes=800, host_bytes=host, disk_bytes=disk)
+
+
+class Consumer:
+    """Takes windows in order, checks every row of every item, and deletes what it has used."""
+
+    def __init__(self, out: Path, graph: GraphStore, start_step: int) -> None:
+        self.out, self.meta = out, open_packset(out)
+        self.table = np.array(graph.features).view(np.uint8)
+        self.window = start_step // self.meta.window_items
+        slots = self.meta.device_slots + self.meta.host_slots
+        self.tier: NDArray[np.uint8] = np.zeros((slots, 80), np.uint8)
+        self.items: dict[int, bytes] = {}
+        self.highest, self.hits, self.filled = 0, 0, False
+
+    def take(self) -> bool:
+        """Use the next window if it is there."""
+        if not has_window(self.out, self.window):
+            return False
+        self.highest = max(self.highest, used_bytes(self.out))
+        residents = np.load(self.out / window_name(self.window, "residents.npy"))
+        if not self.filled:
+            self.tier[residents >= 0] = self.table[residents[residents >= 0]]
+            self.filled = True
+        assert np.array_equal(self.tier[residents >= 0], self.table[residents[residents >= 0]])
+        index = read_pack_index(self.out, self.window)
+        data = np.fromfile(self.out / window_name(self.window, "pack"), np.uint8)
+        for offset, size in zip(index.offsets, index.bytes, strict=True):
+            self._use(data[offset : offset + size])
+        for suffix in ("json", "pack", "residents.npy"):
+            (self.out / window_name(self.window, suffix)).unlink()
+        self.window += 1
+        return True
+
+    def _use(self, data: NDArray[np.uint8]) -> None:
+        extent = decode_extent(data)
+        batch = np.concatenate([self.tier, extent.rows])[extent.source]
+        assert np.array_equal(batch, self.table[extent.item.input_ids])
+        self.hits += int(np.count_nonzero(extent.source < len(self.tier)))
+        self.tier[self.meta.device_slots + extent.admit_slots] = extent.rows[extent.admit_rows]
+        payload = np.empty(payload_bytes(extent.item), np.uint8)
+        encode_item(extent.item, payload)
+        self.items[extent.head.item] = bytes(payload)
+
+
+def sampled_items(graph: GraphStore, folder: Path, num_epochs: int) -> list[bytes]:
+    trace = sample_trace(graph, folder, SAMPLE, num_epochs=num_epochs, host_memory=64 << 20, threads=1)
+    return [bytes(window.payload(n)) for window in trace.windows() for n in range(len(window))]
+
+
+@pytest.mark.parametrize("policy", ["belady", "static", "none"])
+def test_windows_hold_the_items_of_an_endless_trace(tiny_graph: GraphStore, tmp_path: Path, policy: Any) -> None:
+    out, consumers = tmp_path / "packs", list[Consumer]()
+
+    def wait() -> None:
+        if not consumers:
+            consumers.append(Consumer(out, tiny_graph, 7))
+        assert consumers[0].take()
+
+    produce_windows(
+        tiny_graph.path, out, SAMPLE, PlanConfig(policy=policy), budgets(), start_step=7, stop_step=75, wait=wait
+    )
+    consumer = consumers[0]
+    while consumer.take():
+        pass
+    first = 7 // consumer.meta.window_items * consumer.meta.window_items
+    expected = sampled_items(tiny_graph, tmp_path / "trace", 7)
+    assert sorted(consumer.items) == list(range(first, max(consumer.items) + 1)) and max(consumer.items) >= 74
+    for item, payload in consumer.items.items():
+        assert payload == expected[item]
+    assert consumer.highest <= DISK
+    assert (consumer.hits > 0) == (policy != "none" or consumer.meta.device_slots > 0)
+
+
+def test_windows_are_deleted_by_nobody_but_the_consumer(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    out = tmp_path / "packs"
+    produce_windows(
+        tiny_graph.path, out, SAMPLE, PlanConfig(), budgets(1 << 30), start_step=0, stop_step=30, wait=lambda: None
+    )
+    meta = open_packset(out)
+    assert meta.mode == "rolling" and meta.window_items == meta.items_per_epoch
+    assert all(has_window(out, window) for window in range(-(-30 // meta.window_items)))
+    assert not list((out / "traces").glob("window-*"))
+
+
+@pytest.mark.parametrize(("disk", "host", "flag"), [(9000, 1 << 20, "--disk"), (1 << 30, 1000, "--host-memory")])
+def test_what_cannot_roll_names_a_budget_that_can(
+    tiny_graph: GraphStore, tmp_path: Path, disk: int, host: int, flag: str
+) -> None:
+    def produce(disk: int, host: int) -> None:
+        def wait() -> None:
+            raise TimeoutError
+
+        produce_windows(
+            tiny_graph.path,
+            tmp_path / "packs",
+            SAMPLE,
+            PlanConfig(),
+            budgets(disk, host),
+            start_step=0,
+            stop_step=3,
+            wait=wait,
+        )
+
+    with pytest.raises(DoesNotFit) as caught:
+        produce(disk, host)
+    enough = int(str(caught.value).split(f"use {flag} ")[1].split()[0])
+    produce(max(disk, enough), host) if flag == "--disk" else produce(disk, max(host, enough))
+
+
+def until(condition: Callable[[], bool], producer: Producer | None = None) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "gave up waiting"
+        if producer is not None:
+            producer.check()
+        time.sleep(0.01)
+
+
+def begin(graph: GraphStore, out: Path, **changes: Any) -> Producer:
+    settings = {"start_step": 0, "stop_step": 45} | changes
+    plan, limits = settings.pop("plan", PlanConfig()), settings.pop("limits", budgets())
+    return start_producer(graph.path, out, SAMPLE, plan, limits, **settings)
+
+
+@pytest.mark.slow
+def test_a_killed_producer_is_told_and_a_new_one_serves_the_same(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    out, expected = tmp_path / "packs", sampled_items(tiny_graph, tmp_path / "trace", 5)
+    with begin(tiny_graph, out) as producer:
+        consumer = Consumer(out, tiny_graph, 0)
+        until(consumer.take, producer)
+        assert producer._process.pid is not None
+        os.kill(producer._process.pid, signal.SIGKILL)
+        until(lambda: producer._process.exitcode is not None)
+        with pytest.raises(RuntimeError, match="-9"):
+            producer.check()
+    step = max(consumer.items) + 1
+    with begin(tiny_graph, out, start_step=step) as producer:
+        later = Consumer(out, tiny_graph, step)
+        while max(later.items, default=0) < 44:
+            until(later.take, producer)
+        producer.check()
+    items = later.items | consumer.items
+    assert all(items[item] == expected[item] for item in range(45))
+
+
+@pytest.mark.slow
+def test_what_ends_a_producer_reaches_the_consumer(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="--disk"):
+        begin(tiny_graph, tmp_path / "packs", limits=budgets(9000))
+
+
+_PARENT = """
+import sys, time
+from pathlib import Path
+from penstock.sampler.neighbors import SampleConfig
+from penstock.sampler.plan import PlanConfig
+from penstock.sampler.producer import start_producer
+from penstock.storage.budget import Budgets
+
+if __name__ == "__main__":
+    producer = start_producer(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        SampleConfig(fanouts=(3, 3), batch_size=16),
+        PlanConfig(),
+        Budgets(device_bytes=0, host_bytes=110_000, disk_bytes=220_000),
+        start_step=0,
+        stop_step=1000,
+    )
+    print(producer._process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_producer_ends_with_its_parent(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(_PARENT)
+    command = [sys.executable, str(script), str(tiny_graph.path), str(tmp_path / "packs")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.kill()
+        parent.wait()
+        until(lambda: not _runs(child))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
