@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock.benchmarks.feed import TIER_SHARE, plan_for_tier
 from penstock.benchmarks.harness import interleave, open_bench_graph, record
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
@@ -21,33 +22,18 @@ from penstock.engine.metrics import node_loss
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.models import ModelConfig, build_model
 from penstock.engine.prefetch import Feed
+from penstock.engine.trainer import seed_step
 from penstock.sampler.estimate import measure_disk
 from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.sampler.packer import write_packs
-from penstock.sampler.plan import Plan, PlanConfig, plan_packs
-from penstock.storage.budget import GIB, Budgets, free_disk, num_threads
+from penstock.storage.budget import GIB, num_threads
 from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore
-from penstock.storage.trace import Trace
 
 NUM_NODES, NUM_FEATURES, NUM_ITEMS = 2_000_000, 128, 12
 BATCH_SIZE, HIDDEN = 1024, 128
 FANOUTS = (10, 10, 10)
-TIER_SHARE = 0.1
 _WARM_ITEMS = 3
-
-
-def _plan_for_tier(graph: GraphStore, trace: Trace, scratch: Path, slots: int) -> Plan:
-    """Find the budget whose plan has a host tier of about `slots` rows; the rest of a budget depends on the plan."""
-    rates, host_bytes = measure_disk(scratch.parent), 4 * GIB
-    for _ in range(6):
-        budgets = Budgets(device_bytes=0, host_bytes=host_bytes, disk_bytes=free_disk(scratch.parent))
-        plan = plan_packs(graph, trace, PlanConfig(mode="reuse"), budgets, disk_rates=rates, scratch=scratch)
-        missing = slots - plan.meta.host_slots
-        if abs(missing) <= slots // 50:
-            break
-        host_bytes += missing * graph.row_format.row_bytes
-    return plan
 
 
 class _Side:
@@ -61,6 +47,7 @@ class _Side:
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
 
     def _train(self, batch: MiniBatch) -> None:
+        seed_step(0, batch.step, torch.device(self._device))  # as the trainer does: dropout depends on the step alone
         loss = node_loss(self.model(batch.blocks, batch.features), batch.labels)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -87,7 +74,8 @@ def run(*, scale: float, repeats: int, folder: Path, device: str = "cpu") -> Ite
     threads = num_threads()
     config = SampleConfig(fanouts=FANOUTS, batch_size=BATCH_SIZE)
     trace = sample_trace(graph, folder / "trace", config, host_memory=4 * GIB, threads=threads)
-    plan = _plan_for_tier(graph, trace, folder / "plan", int(num_nodes * TIER_SHARE))
+    slots = int(num_nodes * TIER_SHARE)
+    plan = plan_for_tier(graph, trace, "belady", slots, measure_disk(folder), folder / "plan")
     write_packs(plan, graph, trace, folder / "packs", host_memory=GIB)
 
     def open_packs(stop: int) -> Feed:
