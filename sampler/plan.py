@@ -9,18 +9,17 @@ import json
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from penstock.sampler.accesses import Accesses, open_accesses
 from penstock.sampler.estimate import DiskRates, PlanSummary, break_even, random_read_s
 from penstock.sampler.layouts import Choice, Mode, Terms, choose_layout
-from penstock.sampler.movement import Census, LapCounts, Tiers, cyclic_future, take_census
+from penstock.sampler.movement import cyclic_future, take_census
 from penstock.sampler.policies import PolicyName
 from penstock.sampler.recording import PlanArrays, Recording, Table, record
 from penstock.sampler.scratch import ItemArrays
-from penstock.sampler.sizing import ItemSizes, MissCurve, choose_host_slots, miss_curve, settle_with
+from penstock.sampler.sizing import ROLLING_MARGIN, ItemSizes, choose_slots, device_slots, settle_with
 from penstock.storage.budget import Budgets
 from penstock.storage.errors import DataError
 from penstock.storage.graph import GraphStore
@@ -28,9 +27,6 @@ from penstock.storage.pack import ExtentHead, PackMode, PackSetMeta, trace_diges
 from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import RowDtype, RowFormat
 from penstock.storage.trace import Trace, TraceMeta
-
-ROLLING_MARGIN = 1.25  # later windows may hold larger items than those planned on
-ROLLING_SHARE = 0.75  # of host memory is for feeding; the rest is the producer's, which samples and packs meanwhile
 
 
 class PlanConfig(BaseModel):
@@ -86,48 +82,85 @@ def packed_format(graph: GraphStore, config: PlanConfig) -> RowFormat:
     return RowFormat(dtype=config.row_dtype or graph.row_format.dtype, width=graph.row_format.width)
 
 
-def device_slots(device_bytes: int, row_format: RowFormat, census: Census) -> int:
-    """Rows of the device tier, which holds them decoded to float32; never more than are read at all."""
-    return min(device_bytes // (4 * row_format.width), int(np.count_nonzero(census.counts)))
+class _TracePlanner:
+    """Plans the items of one trace; holds what all steps need. Memory: about 12 bytes per node and one item."""
 
+    def __init__(
+        self, graph: GraphStore, trace: Trace, config: PlanConfig, budgets: Budgets, accesses: Accesses, scratch: Path
+    ) -> None:
+        self.graph, self.trace, self.config, self.budgets = graph, trace, config, budgets
+        self.accesses, self.scratch, self.rolling = accesses, scratch, config.mode == "rolling"
+        self.sizes = ItemSizes(
+            num_inputs=accesses.num_inputs,
+            payload_bytes=accesses.payload_bytes,
+            row_format=packed_format(graph, config),
+            margin=ROLLING_MARGIN if self.rolling else 1.0,
+        )
+        self.census = take_census(accesses.ids, len(accesses), graph.num_nodes, never=2 * len(accesses))
+        self.num_device = device_slots(budgets.device_bytes, self.sizes.row_format, self.census)
 
-def choose_slots(
-    accesses: Accesses,
-    sizes: ItemSizes,
-    census: Census,
-    future: ItemArrays | None,
-    *,
-    policy: PolicyName,
-    num_device: int,
-    host_bytes: int,
-    rolling: bool,
-) -> int:
-    """Rows of the host tier that the budget allows; DoesNotFit where not even none does.
+    def look_ahead(self, uses: ItemArrays) -> ItemArrays | None:
+        """Find next uses, if the policy asks for them."""
+        if self.config.policy != "belady":
+            return None
+        cyclic_future(self.accesses.ids, len(self.accesses), self.census, uses, self.sizes.max_inputs)
+        return uses
 
-    Rolling tiers start empty wherever training is, so that an item may miss all; and the producer needs its share.
-    """
-    device = Tiers(census.counts, policy="none", num_device=num_device, num_host=0, max_inputs=sizes.max_inputs)
-    if policy == "none":
-        curve = MissCurve(slots=np.zeros(1, np.int64), extents=np.zeros(1, np.int64))
-    else:
-        curve = miss_curve(accesses.ids, sizes, census.counts, device.place)
-    del device
+    def fit_and_record(self, future: ItemArrays | None) -> tuple[int, Recording]:
+        """Choose the slots of the host tier and record a lap with them."""
+        num_host = choose_slots(
+            self.accesses,
+            self.sizes,
+            self.census,
+            future,
+            policy=self.config.policy,
+            num_device=self.num_device,
+            host_bytes=self.budgets.host_bytes,
+            rolling=self.rolling,
+        )
+        while True:
+            recording = self._record(num_host, future)
+            largest = max(head.extent_bytes for head in recording.heads)
+            excess = self.sizes.memory(num_host, largest) - self.budgets.host_bytes
+            if excess <= 0 or num_host == 0 or self.rolling:
+                return num_host, recording
+            # closing the lap made the last extent the largest
+            num_host = max(0, num_host - 1 - excess // self.sizes.row_format.row_bytes)
 
-    def replay(slots: int) -> LapCounts:
-        if rolling:
-            return LapCounts(misses=sizes.num_inputs, admits=np.zeros_like(sizes.num_inputs), settled=True)
-        name: PolicyName = policy if slots > 0 else "none"
-        used = future if name == "belady" else None
-        return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]
+    def _record(self, num_host: int, future: ItemArrays | None) -> Recording:
+        policy: PolicyName = self.config.policy if num_host > 0 else "none"
+        future = future if policy == "belady" else None
+        ids, num_items, num_device = self.accesses.ids, len(self.accesses), self.num_device
+        tiers, _ = settle_with(
+            ids, self.sizes, self.census, future, policy=policy, num_device=num_device, num_host=num_host
+        )
+        return record(
+            tiers,
+            self.accesses,
+            range(num_items),
+            future,
+            window_starts=range(0, num_items, self.trace.meta.window_items),
+            table=feature_table(self.graph),
+            row_bytes=self.sizes.row_format.row_bytes,
+            scratch=self.scratch,
+            cyclic=True,
+        )
 
-    return choose_host_slots(
-        replay,
-        sizes=sizes,
-        curve=curve,
-        host_bytes=host_bytes,
-        movable=policy != "none",
-        share=ROLLING_SHARE if rolling else 1.0,
-    )
+    def terms(self, num_host: int, rates: DiskRates, planning_bytes: int) -> Terms:
+        """What the choice of a layout depends on."""
+        return Terms(
+            mode=self.config.mode,
+            disk_bytes=self.budgets.disk_bytes,
+            max_extent_bytes=(self.budgets.host_bytes - self.sizes.memory(num_host, 0)) // 2,
+            largest_extent_bytes=self.sizes.largest_extent_bytes,
+            window_items=self.trace.meta.window_items,
+            items_per_epoch=self.trace.meta.items_per_epoch,
+            num_nodes=self.graph.num_nodes,
+            slots=self.num_device + num_host,
+            rates=rates,
+            scratch=self.scratch,
+            planning_bytes=planning_bytes,
+        )
 
 
 def plan_packs(
@@ -150,70 +183,21 @@ def plan_packs(
             f"{trace.path} was sampled from graph {trace.meta.graph}, {graph.path} is {graph.fingerprint}; sample again"
         )
     scratch.mkdir(parents=True, exist_ok=True)
-    row_format = packed_format(graph, config)
     with open_accesses(trace) as accesses:
-        num_items = len(accesses)
-        sizes = ItemSizes(
-            num_inputs=accesses.num_inputs,
-            payload_bytes=accesses.payload_bytes,
-            row_format=row_format,
-            margin=ROLLING_MARGIN if config.mode == "rolling" else 1.0,
-        )
         progress("plan", 0, 4, "passes")
-        census = take_census(accesses.ids, num_items, graph.num_nodes, never=2 * num_items)
-        num_device = device_slots(budgets.device_bytes, row_format, census)
-        with ItemArrays(scratch / "future.bin", "<i4", num_items, accesses.num_inputs) as uses:
-            future = uses if config.policy == "belady" else None
-            if future is not None:
-                cyclic_future(accesses.ids, num_items, census, future, sizes.max_inputs)
+        planner = _TracePlanner(graph, trace, config, budgets, accesses, scratch)
+        with ItemArrays(scratch / "future.bin", "<i4", len(accesses), accesses.num_inputs) as uses:
             progress("plan", 1, 4, "passes")
-            num_host = choose_slots(
-                accesses,
-                sizes,
-                census,
-                future,
-                policy=config.policy,
-                num_device=num_device,
-                host_bytes=budgets.host_bytes,
-                rolling=config.mode == "rolling",
-            )
+            future = planner.look_ahead(uses)
             progress("plan", 2, 4, "passes")
-            policy: PolicyName = config.policy if num_host > 0 else "none"
-            future = future if policy == "belady" else None
-            tiers, _ = settle_with(
-                accesses.ids, sizes, census, future, policy=policy, num_device=num_device, num_host=num_host
-            )
-            recording = record(
-                tiers,
-                accesses,
-                range(num_items),
-                future,
-                window_starts=range(0, num_items, trace.meta.window_items),
-                table=feature_table(graph),
-                row_bytes=row_format.row_bytes,
-                scratch=scratch,
-                cyclic=True,
-            )
+            num_host, recording = planner.fit_and_record(future)
             planning_bytes = uses.num_bytes if future is not None else 0
             uses.delete()
     progress("plan", 3, 4, "passes")
-    terms = Terms(
-        mode=config.mode,
-        disk_bytes=budgets.disk_bytes,
-        max_extent_bytes=(budgets.host_bytes - sizes.memory(num_host, 0)) // 2,
-        largest_extent_bytes=sizes.largest_extent_bytes,
-        window_items=trace.meta.window_items,
-        items_per_epoch=trace.meta.items_per_epoch,
-        num_nodes=graph.num_nodes,
-        slots=num_device + num_host,
-        rates=disk_rates,
-        scratch=scratch,
-        planning_bytes=planning_bytes,
-    )
-    choice = choose_layout(recording, terms)
+    choice = choose_layout(recording, planner.terms(num_host, disk_rates, planning_bytes))
     if choice.mode == "rolling":
         choice.arrays.delete()
-    plan = _make_plan(graph, trace, config, budgets, choice, recording, sizes, num_device, num_host, disk_rates)
+    plan = _make_plan(planner, choice, recording, num_host, disk_rates)
     progress("plan", 4, 4, "passes")
     return plan
 
@@ -251,18 +235,9 @@ def packset_meta(
     )
 
 
-def _make_plan(
-    graph: GraphStore,
-    trace: Trace,
-    config: PlanConfig,
-    budgets: Budgets,
-    choice: Choice,
-    recording: Recording,
-    sizes: ItemSizes,
-    num_device: int,
-    num_host: int,
-    rates: DiskRates,
-) -> Plan:
+def _make_plan(planner: _TracePlanner, choice: Choice, recording: Recording, num_host: int, rates: DiskRates) -> Plan:
+    graph, trace, sizes = planner.graph, planner.trace, planner.sizes
+    config, budgets, num_device = planner.config, planner.budgets, planner.num_device
     row_bytes, epochs = sizes.row_format.row_bytes, trace.meta.num_epochs
     inputs = int(sizes.num_inputs.sum())
     missing = inputs - recording.device_hits - recording.host_hits

@@ -6,7 +6,6 @@ another window fits under the disk budget. Items are those that a trace of all e
 started anew at the trainer's step serves the same values, and nothing needs to be kept for a resume.
 """
 
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -19,21 +18,11 @@ from penstock.sampler.lookahead import RollingPlanner
 from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
 from penstock.sampler.neighbors import SampleConfig, make_trace_meta, sample_window
 from penstock.sampler.packer import begin_packset, pack_windows
-from penstock.sampler.plan import (
-    ROLLING_MARGIN,
-    ROLLING_SHARE,
-    Plan,
-    PlanConfig,
-    choose_slots,
-    device_slots,
-    feature_table,
-    packed_format,
-    packset_meta,
-)
+from penstock.sampler.plan import Plan, PlanConfig, feature_table, packed_format, packset_meta
 from penstock.sampler.policies import PolicyName
 from penstock.sampler.recording import Recording
 from penstock.sampler.scratch import ItemArrays
-from penstock.sampler.sizing import ItemSizes
+from penstock.sampler.sizing import ROLLING_MARGIN, ROLLING_SHARE, ItemSizes, choose_slots, device_slots
 from penstock.storage.budget import MIB, Budgets, format_bytes
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import DoesNotFit
@@ -41,8 +30,6 @@ from penstock.storage.graph import GraphStore, Split, open_graph
 from penstock.storage.pack import PackSetMeta
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import TraceMeta, WindowIndex, window_name
-
-logger = logging.getLogger(__name__)
 
 _PROBE_ITEMS = 32
 _POLL_S = 0.05

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.kernels.plan import histogram, histogram_of
+from penstock.sampler.accesses import Accesses
 from penstock.sampler.movement import Census, FutureUses, InputIds, LapCounts, Tiers, settle
 from penstock.sampler.policies import PolicyName
 from penstock.storage.budget import format_bytes
@@ -22,6 +23,8 @@ from penstock.storage.rows import RowFormat
 
 _MAX_REPLAYS = 4
 _SLACK = 0.03  # of the budget: less unused memory than that is not worth another replay
+ROLLING_MARGIN = 1.25  # later windows may hold larger items than those planned on
+ROLLING_SHARE = 0.75  # of host memory is for feeding; the rest is the producer's, which samples and packs meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,3 +183,47 @@ def settle_with(
     """Make the tiers, run them in, and count a lap."""
     tiers = Tiers(census.counts, policy=policy, num_device=num_device, num_host=num_host, max_inputs=sizes.max_inputs)
     return tiers, settle(tiers, ids, len(sizes.num_inputs), future)
+
+
+def device_slots(device_bytes: int, row_format: RowFormat, census: Census) -> int:
+    """Rows of the device tier, which holds them decoded to float32; never more than are read at all."""
+    return min(device_bytes // (4 * row_format.width), int(np.count_nonzero(census.counts)))
+
+
+def choose_slots(
+    accesses: Accesses,
+    sizes: ItemSizes,
+    census: Census,
+    future: FutureUses | None,
+    *,
+    policy: PolicyName,
+    num_device: int,
+    host_bytes: int,
+    rolling: bool,
+) -> int:
+    """Rows of the host tier that the budget allows; DoesNotFit where not even none does.
+
+    Rolling tiers start empty wherever training is, so that an item may miss all; and the producer needs its share.
+    """
+    device = Tiers(census.counts, policy="none", num_device=num_device, num_host=0, max_inputs=sizes.max_inputs)
+    if policy == "none":
+        curve = MissCurve(slots=np.zeros(1, np.int64), extents=np.zeros(1, np.int64))
+    else:
+        curve = miss_curve(accesses.ids, sizes, census.counts, device.place)
+    del device
+
+    def replay(slots: int) -> LapCounts:
+        if rolling:
+            return LapCounts(misses=sizes.num_inputs, admits=np.zeros_like(sizes.num_inputs), settled=True)
+        name: PolicyName = policy if slots > 0 else "none"
+        used = future if name == "belady" else None
+        return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]
+
+    return choose_host_slots(
+        replay,
+        sizes=sizes,
+        curve=curve,
+        host_bytes=host_bytes,
+        movable=policy != "none",
+        share=ROLLING_SHARE if rolling else 1.0,
+    )

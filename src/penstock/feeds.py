@@ -9,8 +9,8 @@ from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
 from penstock.prepare import Prepared, sample_config, sample_split, train_budgets
 from penstock.run import Run
-from penstock.sampler.plan import ROLLING_SHARE
 from penstock.sampler.producer import start_producer
+from penstock.sampler.sizing import ROLLING_SHARE
 
 OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
 
