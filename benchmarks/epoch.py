@@ -30,8 +30,8 @@ from penstock.storage.budget import GIB, num_threads
 from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore
 
-NUM_NODES, NUM_FEATURES, NUM_ITEMS = 2_000_000, 128, 12
-BATCH_SIZE, HIDDEN = 1024, 128
+NUM_NODES, NUM_FEATURES, NUM_ITEMS = 2_000_000, 128, 40
+BATCH_SIZE, HIDDEN = 256, 128
 FANOUTS = (10, 10, 10)
 _WARM_ITEMS = 3
 
@@ -68,11 +68,11 @@ class _Side:
 
 def run(*, scale: float, repeats: int, folder: Path, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """Yield the record of `time_vs_memory`; lower is better."""
-    num_nodes, items = int(NUM_NODES * scale), max(4, round(NUM_ITEMS * min(1.0, scale)))
-    train = min(0.9, items * BATCH_SIZE / num_nodes)
+    num_nodes, batch_size = int(NUM_NODES * scale), max(16, int(BATCH_SIZE * min(1.0, scale)))
+    train = min(0.9, NUM_ITEMS * batch_size / num_nodes)
     graph = open_bench_graph(folder, GenerateConfig(num_nodes=num_nodes, num_features=NUM_FEATURES, train=train))
     threads = num_threads()
-    config = SampleConfig(fanouts=FANOUTS, batch_size=BATCH_SIZE)
+    config = SampleConfig(fanouts=FANOUTS, batch_size=batch_size)
     trace = sample_trace(graph, folder / "trace", config, host_memory=4 * GIB, threads=threads)
     slots = int(num_nodes * TIER_SHARE)
     plan = plan_for_tier(graph, trace, "belady", slots, measure_disk(folder), folder / "plan")
