@@ -19,7 +19,7 @@ class FormatError(DataError):
 class DoesNotFit(ValueError):
     """A budget, or the disk, is too small. The message names the smallest that would do.
 
-    Where the planner knows it, `host_bytes` or `disk_bytes` has that smallest budget, for callers that were given a share.
+    Where the planner knows it, `host_bytes` or `disk_bytes` has that smallest budget, for callers that had a share.
     """
 
     def __init__(self, message: str, *, host_bytes: int | None = None, disk_bytes: int | None = None) -> None:

@@ -28,6 +28,11 @@ class TrainFeed:
         """What the feed did in this process; None where it was not needed."""
         return None if self.opened is None else self.opened.stats
 
+    def numbers(self) -> dict[str, float]:
+        """What is worth showing while it runs."""
+        stats = self.stats()
+        return {} if stats is None else {"hit_rate": 1 - stats.hit_rates["pack"], "stall_s": stats.stall_s}
+
     @contextmanager
     def open(self, start_step: int, stop_step: int) -> Iterator[Feed]:
         """Feed steps start_step <= s < stop_step."""

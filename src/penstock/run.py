@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from penstock.config import RunConfig
+from penstock.engine.trainer import Stopped
 from penstock.report import differing_keys, write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
@@ -37,11 +40,20 @@ class Run:
     def __init__(
         self, config: RunConfig, graph: GraphStore, progress: Progress, stop_requested: threading.Event
     ) -> None:
-        self.config, self.graph, self.progress = config, graph, progress
+        self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
         self.budgets, self.disk_rates = _resolve_machine(config)
+
+    def progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        """Show how far a step is, and end it if the run was asked to stop; it continues where it is.
+
+        Training itself is not ended here: the trainer writes a checkpoint first.
+        """
+        self._show(stage, done, total, unit, **numbers)
+        if stage != "train" and self.stop_requested.is_set():
+            raise Stopped(f"stopped in step {stage!r}; run the same command again to continue")
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
@@ -81,9 +93,12 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
     if path.is_file():
         value = read_json(path)
         return Budgets(**value["budgets"]), DiskRates(**value["disk_rates"])
-    given = config.budgets
+    given, device = config.budgets, torch.device(config.train.device)
+    device_bytes = given.device_memory
+    if device_bytes is None and device.type == "cuda":
+        device_bytes = torch.cuda.mem_get_info(device)[0] // 2  # the other half is the model's
     budgets = default_budgets(
-        config.run_dir, device_bytes=given.device_memory, host_bytes=given.host_memory, disk_bytes=given.disk
+        config.run_dir, device_bytes=device_bytes, host_bytes=given.host_memory, disk_bytes=given.disk
     )
     rates = measure_disk(config.run_dir)
     write_json(path, {"budgets": asdict(budgets), "disk_rates": asdict(rates)})

@@ -12,7 +12,7 @@ from penstock.config import RunConfig
 from penstock.display import print_table, progress
 from penstock.inference import infer
 from penstock.prepare import plan_splits, prepare, read_summary
-from penstock.run import open_run
+from penstock.run import Run, open_run
 from penstock.sampler.estimate import summary_rows
 from penstock.storage.budget import format_bytes, parse_bytes
 from penstock.storage.graph import Split
@@ -39,9 +39,21 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _opened(config: RunConfig, *, force: bool, quiet: bool) -> Iterator[Run]:
+    """Open the run folder, with progress, and with signals that end steps so that they can be resumed."""
+    stop = threading.Event()
+    with (
+        stop_on_signals(stop),
+        progress(quiet=quiet) as show,
+        open_run(config, force=force, progress=show, stop_requested=stop) as run,
+    ):
+        yield run
+
+
 def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
     """`penstock plan`."""
-    with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
+    with _opened(config, force=force, quiet=quiet) as run:
         plan_splits(run, (*run.evaluated_splits, "train"))
         summary = read_summary(run, "train")
     if as_json:
@@ -52,7 +64,7 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
 
 def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     """`penstock pack`."""
-    with progress(quiet=quiet) as show, open_run(config, force=force, progress=show) as run:
+    with _opened(config, force=force, quiet=quiet) as run:
         prepared = prepare(run, (*run.evaluated_splits, "train"))
     sizes = [(split, format_bytes(found.summary.pack_bytes)) for split, found in prepared.items()]
     print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])

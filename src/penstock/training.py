@@ -1,5 +1,6 @@
 """The main job: prepare, feed, train, evaluate, report."""
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -22,11 +23,12 @@ from penstock.prepare import Prepared, prepare
 from penstock.report import draw_curves, write_result
 from penstock.run import Run, open_run
 from penstock.sampler.row_source import read_row_error
+from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json
 from penstock.storage.progress import Progress, silent
 
-_BEFORE_ALL_STEPS = (1 << 63) - 1  # a step that never comes, so that weights and dropout share no draws
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -69,7 +71,7 @@ class Evaluation:
 def make_model(run: Run) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     config, meta = run.config, run.graph.meta
-    seed_step(config.train.seed, _BEFORE_ALL_STEPS, torch.device("cpu"))
+    seed_step(config.train.seed, -1, torch.device("cpu"))
     return build_model(config.model, meta.num_features, meta.num_classes)
 
 
@@ -83,7 +85,7 @@ def _run_trainer(run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Mo
         evaluate=(lambda trained: evaluation(trained, ("valid",))) if run.evaluates else None,
         identity={"run": run.config.digest(), "graph": run.graph.fingerprint},
         stop_requested=run.stop_requested,
-        progress=run.progress,
+        progress=lambda *place, **numbers: run.progress(*place, **numbers, **feed.numbers()),
     )
     return trainer.run(feed.open, resume=resume)
 
@@ -179,6 +181,15 @@ def _finished(run: Run, result_json: Path | None) -> dict[str, Any] | None:
     return value
 
 
+def _report_failure(run: Run, error: Exception, result_json: Path | None) -> None:
+    status = "stopped" if isinstance(error, Stopped) else "failed"
+    path = run.path / "result.json"
+    try:
+        write_result(path, status=status, config=run.config, metrics={}, copy=result_json, error=error)
+    except (DoesNotFit, OSError) as second:  # the disk that the error is about may be full
+        logger.warning("%s could not be written: %s", path, second)
+
+
 def train(
     config: RunConfig,
     *,
@@ -201,7 +212,5 @@ def train(
         try:
             return _job(run, resume, result_json)
         except Exception as error:
-            status = "stopped" if isinstance(error, Stopped) else "failed"
-            path = run.path / "result.json"
-            write_result(path, status=status, config=config, metrics={}, copy=result_json, error=error)
+            _report_failure(run, error, result_json)
             raise

@@ -149,7 +149,17 @@ def test_inspect_finds_a_flipped_byte(graph: Path, trained: Path, tmp_path: Path
 
 
 def test_sigterm_checkpoints_and_asks_to_be_run_again(graph: Path, tmp_path: Path) -> None:
-    words = ["train", graph, "--run-dir", tmp_path / "run", *SHAPE, "--host-memory", "24MiB", "--epochs", "60"]
+    words: list[str | Path] = [
+        "train",
+        graph,
+        "--run-dir",
+        tmp_path / "run",
+        *SHAPE,
+        "--host-memory",
+        "24MiB",
+        "--epochs",
+        "60",
+    ]
     command = [sys.executable, "-m", "penstock", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -201,3 +211,20 @@ def test_doctor_answers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     checks = {line["check"] for line in json.loads(done.stdout)}
     assert {"O_DIRECT", "sequential read", "memory free", "cores for this process", "torch"} <= checks
+
+
+def test_sigterm_while_sampling_or_packing_asks_to_be_run_again(graph: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["pack", graph, "--run-dir", tmp_path / "run", *SHAPE[:-1]]
+    words += ["--set", "sampled_epochs=12", "--epochs", "12"]
+    command = [sys.executable, "-m", "penstock", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("sample"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 75, rest
+    assert "run the same command again" in rest
+    done = penstock(*words)
+    assert done.returncode == 0, done.stderr
