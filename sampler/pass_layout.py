@@ -71,7 +71,7 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
             f"({format_bytes(fixed + 2 * least)}), it got {format_bytes(host_memory)}"
         )
     room = (host_memory - fixed) // 2
-    wanted = min(room, GIB, max(_SMALLEST_PART, table.num_rows * table.row_bytes // 8)) - 2 * PAGE
+    wanted = min(room, GIB, max(_SMALLEST_PART, table.num_rows * table.row_bytes // 12)) - 2 * PAGE
     part_rows = min(table.num_rows, max(1, (wanted - PAGE) // table.row_bytes))
     buffer_bytes = max(part_buffer_bytes(table, part_rows), least)
     bucket_rows = buffer_bytes // unit_bytes * (unit_bytes // row_bytes) if unit_bytes else 0
