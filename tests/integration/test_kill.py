@@ -76,7 +76,7 @@ def test_kills_of_a_rolling_run_leave_the_weights_of_training_in_memory(graph: P
     subprocess.run(train(graph, memory, "--in-memory", "--set", "sampled_epochs=6"), check=True, timeout=240)
     rolling = train(graph, killed, "--mode", "rolling", "--disk", "60MiB")
     rolling[rolling.index("24MiB")] = "200MiB"
-    assert run_killed(rolling, kills=3, seed=5, longest_s=12) >= 1
+    assert run_killed(rolling, kills=3, seed=5, longest_s=6) >= 1
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (killed, memory)]
     assert weights[0] == weights[1]
 
