@@ -141,6 +141,13 @@ def gather_int8(codes, num_slots, num_private, tier, extent, rows_at, shared_at,
 def admit_rows(rows, slots, num_private, tier, extent, rows_at, shared_at, row_words):  # type: ignore[no-untyped-def]
     """Copy extent rows `rows` int32 [n] into tier slots `slots` int32 [n]; words as in the gathers."""
     for n in range(len(rows)):
+        if n + _AHEAD < len(rows):
+            row = np.int64(rows[n + _AHEAD])
+            start = rows_at + row * row_words if row < num_private else shared_at[row - num_private]
+            to = np.int64(slots[n + _AHEAD]) * row_words
+            for word in range(0, row_words, 16):
+                prefetch(extent, start + word)
+                prefetch(tier, to + word)
         row = np.int64(rows[n])
         start = rows_at + row * row_words if row < num_private else shared_at[row - num_private]
         to = np.int64(slots[n]) * row_words

@@ -82,7 +82,7 @@ def measure_disk(folder: Path) -> DiskRates:
 class PlanSummary:
     """The figures of a plan. `*_rows` and `*_bytes_per_epoch` are means over the epochs of the trace.
 
-    `read_amplification` is pack bytes read over bytes of missing rows; `break_even_epochs` after how many epochs
+    `read_amplification` is pack bytes read over bytes of missing rows, None where no row is missing; `break_even_epochs` after how many epochs
     packing has paid off against reading missing rows in 4 KiB pieces from the feature table, None where it never does.
     """
 
@@ -106,7 +106,7 @@ class PlanSummary:
     missing_rows_per_epoch: int
     missing_bytes_per_epoch: int
     read_bytes_per_epoch: int
-    read_amplification: float
+    read_amplification: float | None
     pack_bytes: int
     feature_bytes: int
     pack_over_features: float
@@ -154,7 +154,7 @@ def summary_rows(summary: PlanSummary) -> list[tuple[str, str]]:
         ("host tier", f"{summary.host_slots} rows, serves {tier(summary.host_hit_rows_per_epoch)}"),
         ("from packs", tier(summary.missing_rows_per_epoch)),
         ("read per epoch", format_bytes(summary.read_bytes_per_epoch)),
-        ("read amplification", f"{summary.read_amplification:.2f}"),
+        ("read amplification", "-" if (ratio := summary.read_amplification) is None else f"{ratio:.2f}"),
         ("packs", f"{format_bytes(summary.pack_bytes)}, {summary.pack_over_features:.2f} x the features"),
         ("disk needed", f"{format_bytes(summary.disk_needed_bytes)} of {format_bytes(summary.disk_bytes)}"),
         ("host memory needed", f"{format_bytes(summary.host_needed_bytes)} of {format_bytes(summary.host_bytes)}"),
