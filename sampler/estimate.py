@@ -82,8 +82,9 @@ def measure_disk(folder: Path) -> DiskRates:
 class PlanSummary:
     """The figures of a plan. `*_rows` and `*_bytes_per_epoch` are means over the epochs of the trace.
 
-    `read_amplification` is pack bytes read over bytes of missing rows, None where no row is missing; `break_even_epochs` after how many epochs
-    packing has paid off against reading missing rows in 4 KiB pieces from the feature table, None where it never does.
+    `read_amplification` is pack bytes read over bytes of missing rows, None where no row is missing;
+    `break_even_epochs` after how many epochs packing has paid off against reading missing rows in 4 KiB pieces from
+    the feature table, None where it never does.
     """
 
     mode: Literal["reuse", "rolling"]
