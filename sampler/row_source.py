@@ -41,15 +41,20 @@ def write_row_error(folder: Path, first_window: int, tallies: Sequence[Tally]) -
 
 
 def read_row_error(folder: Path) -> RowError | None:
-    """What packing in another row format changed; None where rows are packed as stored."""
+    """What packing in another row format changed; None where rows are packed as stored, or none is packed.
+
+    Rows that are resident from the start are read from the feature table; they change alike and are not counted.
+    """
     path = folder / _ERROR_FILE
     if not path.exists():
         return None
     passes = list(read_json(path).values())
     values = sum(entry["rows"] for entry in passes) * open_packset(folder).width
+    if values == 0:
+        return None
     return RowError(
         max_abs=max(entry["max"] for entry in passes),
-        mean_abs=sum(entry["sum"] for entry in passes) / max(1, values),
+        mean_abs=sum(entry["sum"] for entry in passes) / values,
     )
 
 
