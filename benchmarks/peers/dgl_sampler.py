@@ -11,12 +11,14 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import dgl
 import torch
-from dgl.dataloading import LaborSampler, NeighborSampler
 from numpy.typing import NDArray
 
+from penstock.engine.adapters import require
 from penstock.storage.graph import GraphStore
+
+dgl = require("dgl", "dgl")
+LaborSampler, NeighborSampler = dgl.dataloading.LaborSampler, dgl.dataloading.NeighborSampler
 
 _TRIALS = 3
 Sample = Callable[[NDArray[Any]], int]

@@ -1,14 +1,15 @@
 import sys
 
-import dgl
 import pytest
 import torch
-from dgl.nn import SAGEConv as DglSage
-from torch_geometric.nn import SAGEConv as PygSage
-from torch_geometric.utils import trim_to_layer
 
 from penstock.engine.minibatch import Block, MiniBatch
 from penstock.storage.errors import MissingDependency
+
+dgl = pytest.importorskip("dgl")
+DglSage = pytest.importorskip("dgl.nn").SAGEConv
+PygSage = pytest.importorskip("torch_geometric.nn").SAGEConv
+trim_to_layer = pytest.importorskip("torch_geometric.utils").trim_to_layer
 
 NODES, WIDTH = 40, 6
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import dgl
 import numpy as np
 import pytest
 import torch
@@ -109,6 +108,7 @@ def test_items_of_random_graphs(
 
 
 def test_all_neighbours_are_those_of_dgl(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    dgl = pytest.importorskip("dgl")
     trace = _sample(tiny_graph, tmp_path / "t", fanouts=(-1, -1))
     csc = ("csc", (torch.tensor(tiny_graph.indptr), torch.tensor(tiny_graph.indices).long(), torch.empty(0).long()))
     graph = dgl.graph(csc, num_nodes=tiny_graph.num_nodes)
@@ -125,6 +125,7 @@ def test_all_neighbours_are_those_of_dgl(tiny_graph: GraphStore, tmp_path: Path)
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_frequencies_are_those_of_dgl(make_graph: Callable[..., GraphStore], tmp_path: Path, weighted: bool) -> None:
+    dgl = pytest.importorskip("dgl")
     degree, fanout, trials = 8, 3, 4000
     weights = np.arange(1, degree + 1, dtype=np.float32)
     edges = [(1 + n, 0) for n in range(degree)]
