@@ -93,7 +93,7 @@ def draw_curves(metrics: Path, out: Path) -> None:
 
     lines = read_metrics(metrics)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, axes in (("loss", left), ("train_accuracy", right), ("valid_accuracy", right), ("test_accuracy", right)):
+    for name, axes in (("loss", left), ("valid_loss", left), ("valid_accuracy", right)):
         points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None and "epoch" in line]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
