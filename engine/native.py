@@ -19,7 +19,7 @@ from penstock.engine import recycled
 from penstock.engine.minibatch import Block
 from penstock.kernels import aggregate as kernels
 from penstock.kernels import attention
-from penstock.kernels.parallel import run_ranges, split_by_edges
+from penstock.kernels.parallel import num_parts, run_ranges, split_by_edges
 from penstock.kernels.transpose import count_sources, offsets_of_counts, place_edges
 
 _WORK_PER_THREAD = 1 << 16  # edges x features; below, waking a thread costs more than it saves
@@ -48,7 +48,9 @@ def _threads(work: int) -> int:
 def _run(kernel: Callable[..., None], indptr: NDArray[np.int32], width: int, *args: Any) -> None:
     """Call `kernel(indptr, *args, lo, hi)` on ranges of rows with equal work."""
     threads = _threads((len(indptr) + int(indptr[-1])) * width)
-    run_ranges(lambda lo, hi: kernel(indptr, *args, lo, hi), split_by_edges(indptr, threads) or [(0, 0)])
+    run_ranges(
+        lambda lo, hi: kernel(indptr, *args, lo, hi), split_by_edges(indptr, num_parts(threads)) or [(0, 0)], threads
+    )
 
 
 def transpose(block: Block, *, edges: bool = False) -> Transposed:
@@ -62,10 +64,14 @@ def transpose(block: Block, *, edges: bool = False) -> Transposed:
         indices=recycled.empty(len(indices), dtype=torch.int32),
         edges=recycled.empty(len(indices), dtype=torch.int32) if edges else None,
     )
-    run_ranges(lambda lo, hi: count_sources(indptr, indices, counts[part[lo]], lo, hi), ranges)
+    run_ranges(lambda lo, hi: count_sources(indptr, indices, counts[part[lo]], lo, hi), ranges, len(ranges))
     offsets_of_counts(counts, made.indptr.numpy())
     out_indices, out_edges = made.indices.numpy(), _array(made.edges)
-    run_ranges(lambda lo, hi: place_edges(indptr, indices, counts[part[lo]], out_indices, out_edges, lo, hi), ranges)
+    run_ranges(
+        lambda lo, hi: place_edges(indptr, indices, counts[part[lo]], out_indices, out_edges, lo, hi),
+        ranges,
+        len(ranges),
+    )
     return made
 
 
