@@ -170,5 +170,5 @@ def test_bits_do_not_depend_on_threads(parts: int) -> None:
     for call in calls:
         alone, shared = np.zeros((300, 32), np.float32), np.zeros((300, 32), np.float32)
         call(alone, 0, 300)
-        run_ranges(lambda lo, hi, call=call, out=shared: call(out, lo, hi), split_by_edges(indptr, parts))  # type: ignore[misc]
+        run_ranges(lambda lo, hi, call=call, out=shared: call(out, lo, hi), split_by_edges(indptr, parts), parts)  # type: ignore[misc]
         np.testing.assert_array_equal(alone, shared)
