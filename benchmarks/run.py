@@ -18,13 +18,18 @@ def _line(found: dict[str, Any]) -> str:
     return f"{found['case']:<24} ratio {ratio:>7} ({better} is better)  {values}  peer: {found['peer_name']}"
 
 
-def run_bench(name: str, *, scale: float, repeats: int, directory: Path | None, as_json: bool) -> None:
+def run_bench(
+    name: str, *, scale: float, repeats: int, directory: Path | None, device: str = "cpu", as_json: bool
+) -> None:
     """Print every case as it is measured, the machine last. ValueError for a scale outside (0, 10] or no repeats."""
     if not 0 < scale <= 10 or repeats < 1:
         raise ValueError(f"scale={scale} must be in (0, 10] and repeats={repeats} at least 1")
+    if device != "cpu" and name != "epoch":
+        raise ValueError(f"--device {device} is for bench epoch; bench {name} measures the host")
+    options = {"device": device} if name == "epoch" else {}
     with scratch_folder(directory) as folder:
         bench = importlib.import_module(f"penstock.benchmarks.{name}")
-        records: Iterator[dict[str, Any]] = bench.run(scale=scale, repeats=repeats, folder=folder)
+        records: Iterator[dict[str, Any]] = bench.run(scale=scale, repeats=repeats, folder=folder, **options)
         for found in records:
             print(json.dumps(found) if as_json else _line(found), flush=True)
     machine = {"machine": hardware(), "versions": versions(), "scale": scale}

@@ -281,6 +281,7 @@ def bench(
     scale: float = 1.0,
     repeats: int = 5,
     directory: Path | None = None,
+    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Measure Penstock and a peer in one run and print the ratio.
@@ -290,11 +291,12 @@ def bench(
         scale: Size of the graph, 1 is that of the published results; 0.1 takes under a minute.
         repeats: Interleaved repeats; medians are compared.
         directory: Folder for the graph and packs; default: a temporary one.
+        device: Where `bench epoch` trains, cpu or cuda; the others measure the host.
         json: One JSON object per case and line, the machine last.
     """
     from penstock.benchmarks.run import run_bench
 
-    run_bench(name, scale=scale, repeats=repeats, directory=directory, as_json=json)
+    run_bench(name, scale=scale, repeats=repeats, directory=directory, device=device, as_json=json)
 
 
 def _configure_logging() -> None:
