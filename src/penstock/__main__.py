@@ -210,7 +210,7 @@ def train(
 
     Args:
         dataset: Graph store.
-        resume: Continue from the newest checkpoint (the default); --force starts anew.
+        resume: Continue from the newest checkpoint (the default); --resume=false trains again on the same packs.
         in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
     """
     from penstock.run_verbs import run_train
@@ -219,7 +219,7 @@ def train(
     config = options.load(dataset)
     if in_memory:
         config = config.model_copy(update={"feed": "memory"})
-    run_train(config, force=options.force, result_json=options.result_json, quiet=options.quiet)
+    run_train(config, force=options.force, resume=resume, result_json=options.result_json, quiet=options.quiet)
 
 
 @app.command

@@ -70,11 +70,11 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])
 
 
-def run_train(config: RunConfig, *, force: bool, result_json: Path | None, quiet: bool) -> None:
+def run_train(config: RunConfig, *, force: bool, resume: bool, result_json: Path | None, quiet: bool) -> None:
     """`penstock train`."""
     stop = threading.Event()
     with stop_on_signals(stop), progress(quiet=quiet) as show:
-        result = train(config, force=force, result_json=result_json, progress=show, stop_requested=stop)
+        result = train(config, force=force, resume=resume, result_json=result_json, progress=show, stop_requested=stop)
     metrics = result["metrics"]
     rows = [(name.replace("_", " "), f"{metrics[name]:.4f}") for name in metrics if name.endswith("_accuracy")]
     rows += [("result", str(config.run_dir / "result.json"))]

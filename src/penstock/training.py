@@ -201,13 +201,14 @@ def train(
 ) -> dict[str, Any]:
     """Do the main job in `config.run_dir` and return what `result.json` says.
 
-    A finished run is returned as it is; one that was cut off is continued, `force` starts anew. Setting
+    A finished run is returned as it is, one that was cut off is continued; without `resume` training begins again on
+    the packs that are there, and `force` deletes those too. Setting
     `stop_requested` makes it write a checkpoint and raise Stopped. Raises ValueError for a run folder of another
     configuration or in use, DataError for bad data, DoesNotFit for budgets that are too small; a `result.json` of
     status `failed` or `stopped` says so too.
     """
     with open_run(config, force=force, progress=progress, stop_requested=stop_requested) as run:
-        if (done := _finished(run, result_json)) is not None:
+        if resume and (done := _finished(run, result_json)) is not None:
             return done
         try:
             return _job(run, resume, result_json)
