@@ -14,9 +14,10 @@ from penstock.storage.budget import format_bytes
 from penstock.storage.directio import DirectFile, aligned_buffer
 from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import open_graph
-from penstock.storage.manifest import MANIFEST, checksum_file, read_json
+from penstock.storage.manifest import MANIFEST, read_json
 from penstock.storage.pack import has_window, open_packset, read_pack_index
 from penstock.storage.trace import open_trace, window_name
+from penstock.storage.trace_writer import validate_window
 
 Description = dict[str, Any]
 
@@ -49,9 +50,7 @@ def describe_trace(path: Path, *, validate: bool) -> Description:
     trace = open_trace(path)
     indexes = [window.index for window in trace.windows()]
     for index in indexes if validate else ():
-        file = path / window_name(index.window, "trace")
-        if checksum_file(file) != index.xxh3:
-            raise FormatError(f"{file} differs from its checksum; delete the trace and sample again")
+        validate_window(path, index)
     return {
         "kind": "trace",
         **asdict(trace.meta),

@@ -64,6 +64,17 @@ def test_a_second_run_is_already_done(graph: Path, trained: Path, tmp_path: Path
     assert (trained / "result.json").read_bytes() == before == (tmp_path / "deep" / "copy.json").read_bytes()
 
 
+def test_without_resume_it_trains_again_on_the_same_packs_to_the_same_weights(graph: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["train", graph, "--run-dir", tmp_path / "run", *SETTINGS]
+    assert penstock(*words).returncode == 0
+    weights, result = tmp_path / "run" / "model" / "model.safetensors", tmp_path / "run" / "result.json"
+    packs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "train").rglob("*.pack")}
+    before, finished = weights.read_bytes(), result.stat().st_mtime_ns
+    assert penstock(*words, "--resume=false").returncode == 0
+    assert result.stat().st_mtime_ns > finished and weights.read_bytes() == before
+    assert packs and {path: path.stat().st_mtime_ns for path in packs} == packs
+
+
 def test_another_configuration_is_refused_by_name(graph: Path, trained: Path) -> None:
     done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--lr", "0.5")
     assert done.returncode == 2
