@@ -131,13 +131,20 @@ def test_a_disk_that_fills_while_training_is_exit_code_4_and_keeps_the_checkpoin
 ) -> None:
     run, straight = disk_of_64_mib / "run", tmp_path / "straight"
     words = train(graph, run, "--disk", "40MiB", "--set", "sampled_epochs=1")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((run / "checkpoints").glob("step-*/state.json")) and process.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint came"
-        time.sleep(0.01)
-    ballast = fill(disk_of_64_mib, 8_000)
-    _, stderr = process.communicate(timeout=120)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list((run / "checkpoints").glob("step-*/state.json")) and process.poll() is None:
+                assert time.monotonic() < deadline, "no checkpoint came"
+                time.sleep(0.01)
+            # stopped, so that it takes no byte between our look at the free space and our taking of it
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            ballast = fill(disk_of_64_mib, 8_000)
+            process.send_signal(signal.SIGCONT)
+            _, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 4, stderr
     assert "full" in stderr and "Traceback" not in stderr
     assert list((run / "checkpoints").glob("step-*/state.json")), "the earlier checkpoint is gone"
