@@ -52,8 +52,8 @@ def split_stages(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """Cut units into consecutive, non-empty stages so that the dearest stage is as cheap as can be.
 
     `costs` has the seconds (or any measure) of unit 0, `enter`, and of the hidden layers after it; the caller adds the
-    head's to the last. Equally good cuts are told apart by the squares of their costs, then by the longer early stage, so
-    every process finds the same. O(stages * units^2). ValueError where there are more stages than units.
+    head's to the last. Equally good cuts are told apart by the squares of their costs, then by the longer early stage,
+    so every process finds the same. O(stages * units^2). ValueError where there are more stages than units.
     """
     num_units = len(costs)
     if not 1 <= stages <= num_units:
