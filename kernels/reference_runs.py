@@ -1,0 +1,15 @@
+"""Twins of `runs`."""
+
+import numpy as np
+
+
+def encode_bfloat16(bits, out, lo, hi):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; NaN stays NaN."""
+    wide = bits[lo:hi].astype(np.uint64)
+    rounded = wide + 0x7FFF + ((wide >> 16) & 1)
+    out[lo:hi] = np.where(np.isnan(bits[lo:hi].view(np.float32)), wide | 0x00400000, rounded) >> 16
+
+
+def decode_bfloat16(rows, bits, lo, hi):  # type: ignore[no-untyped-def]
+    """Widen to float32."""
+    bits[lo:hi] = rows[lo:hi].astype(np.uint32) << 16
