@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from penstock.engine.adapters import to_dgl, to_pyg
+from penstock.engine.blockcache import BlockCache
+from penstock.engine.dropout import Draws
 
 _Held = TypeVar("_Held", "Block", "MiniBatch")
 
@@ -21,6 +23,7 @@ class Block:
 
     `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None;
     `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them.
+    `draws` says from what dropout draws, None for torch's generator; `cache` keeps what is derived from the structure.
     """
 
     num_src: int
@@ -29,6 +32,8 @@ class Block:
     indices: Tensor
     edge_weights: Tensor | None = None
     src_degrees: Tensor | None = None
+    draws: Draws | None = None
+    cache: BlockCache | None = None
 
     @property
     def num_edges(self) -> int:
@@ -41,12 +46,18 @@ class Block:
         return None if self.src_degrees is None else self.src_degrees[: self.num_dst]
 
     def to(self, device: torch.device | str) -> "Block":
-        """Move every tensor; no copy where they are there already."""
-        return _map_tensors(self, lambda tensor: _move(tensor, device))
+        """Move every tensor; no copy where they are there already. What was cached is made again there."""
+        return self._map(lambda tensor: _move(tensor, device))
 
     def clone(self) -> "Block":
         """Copy every tensor."""
-        return _map_tensors(self, torch.clone)
+        return self._map(torch.clone)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Block":
+        moved = _map_tensors(self, function)
+        draws = self.draws and replace(self.draws, src_ids=function(self.draws.src_ids))
+        stays = self.cache is None or moved.indptr is self.indptr
+        return replace(moved, draws=draws, cache=self.cache if stays else BlockCache())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
