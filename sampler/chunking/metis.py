@@ -1,0 +1,85 @@
+"""METIS (Karypis and Kumar, SIAM J. Sci. Comput. 20(1), 1998) as DGL ships it, in a process of its own.
+
+DGL takes 250 MiB and two seconds to import, prints to stdout and stderr, and keeps what METIS allocated; none of that
+may happen to a trainer. The graph is made symmetric, so an edge counts from both ends; self loops do not count.
+"""
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.storage.budget import MIB
+from penstock.storage.graph import GraphStore, open_graph
+
+# Peak of the process over random graphs of 1 to 4 million edges, which symmetry doubles: 145 bytes an edge, 116 a node.
+_EDGE_BYTES, _NODE_BYTES, _IMPORT_BYTES = 160, 128, 320 * MIB
+
+
+def metis_bytes(graph: GraphStore) -> int:
+    """Estimate the memory that METIS takes."""
+    return _EDGE_BYTES * graph.num_edges + _NODE_BYTES * graph.num_nodes + _IMPORT_BYTES
+
+
+def can_import_dgl() -> bool:
+    """Whether DGL is installed; it is not imported."""
+    return importlib.util.find_spec("dgl") is not None
+
+
+def run_metis(graph: GraphStore, groups: NDArray[np.int32], num_bins: int) -> NDArray[np.int32]:
+    """Cut every group of nodes into `num_bins` of about equal size, int32 [N]. RuntimeError where METIS fails."""
+    with tempfile.TemporaryDirectory(prefix="penstock-metis-") as folder:
+        np.save(Path(folder) / "groups.npy", groups)
+        command = [sys.executable, "-m", "penstock.sampler.chunking.metis", str(graph.path), str(num_bins), folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(
+                f"METIS failed on {graph.path} with exit code {done.returncode}: {done.stderr.strip()[-2000:]}; "
+                "use method ldg"
+            )
+        labels: NDArray[np.int32] = np.load(Path(folder) / "labels.npy")
+    return labels
+
+
+def _cut_group(
+    graph: GraphStore, nodes: NDArray[np.int64], local: NDArray[np.int64], num_bins: int
+) -> NDArray[np.int32]:
+    """Bins of the nodes of a group; `local` int64 [N] numbers them and is -1 elsewhere."""
+    import dgl
+    import torch
+
+    starts, counts = graph.indptr[nodes], graph.indptr[nodes + 1] - graph.indptr[nodes]
+    destinations = np.repeat(np.arange(len(nodes)), counts)
+    offsets = np.cumsum(counts) - counts
+    sources = local[graph.indices[np.repeat(starts - offsets, counts) + np.arange(len(destinations))]]
+    inside = (sources >= 0) & (sources != destinations)
+    if not inside.any():
+        return (np.arange(len(nodes)) * num_bins // len(nodes)).astype(np.int32)
+    kept = np.concatenate([[0], np.cumsum(inside)])
+    indptr = kept[np.concatenate([offsets, [len(destinations)]])]
+    edges = ("csc", (torch.from_numpy(indptr), torch.from_numpy(sources[inside]), []))
+    with contextlib.redirect_stdout(sys.stderr):
+        labels = dgl.metis_partition_assignment(dgl.graph(edges, num_nodes=len(nodes)), num_bins)
+    return np.asarray(labels.numpy().astype(np.int32))
+
+
+def main(path: str, num_bins: str, folder: str) -> None:
+    """Read `groups.npy` from `folder` and write `labels.npy`."""
+    graph, groups = open_graph(path), np.load(Path(folder) / "groups.npy")
+    labels = np.zeros(len(groups), np.int32)
+    local = np.full(len(groups), -1, np.int64)
+    for group in range(int(groups.max()) + 1):
+        nodes = np.flatnonzero(groups == group)
+        local[nodes] = np.arange(len(nodes))
+        labels[nodes] = _cut_group(graph, nodes, local, int(num_bins))
+        local[nodes] = -1
+    np.save(Path(folder) / "labels.npy", labels)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
