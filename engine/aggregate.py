@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from penstock.engine.blockcache import BlockCache, derived
 from penstock.engine.minibatch import Block
 from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum
 
@@ -33,9 +34,14 @@ def edge_destinations(block: Block) -> Tensor:
     return torch.repeat_interleave(rows, block.indptr.diff().long(), output_size=block.num_edges)
 
 
-def sampled_degrees(block: Block) -> Tensor:
-    """Edges float32 [R] that each destination has in the block."""
-    return block.indptr.diff().float()
+def scale_dtype(x: Tensor) -> torch.dtype:
+    """float64 for rows in float64, else float32: what degrees and weights that scale them are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sampled_degrees(block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Edges [R] that each destination has in the block."""
+    return block.indptr.diff().to(dtype)
 
 
 def _segments(block: Block, values: Tensor, reduce: str) -> Tensor:
@@ -49,7 +55,10 @@ def _segments(block: Block, values: Tensor, reduce: str) -> Tensor:
 def aggregate_sum(
     block: Block, x: Tensor, *, src_scale: Tensor | None = None, dst_scale: Tensor | None = None
 ) -> Tensor:
-    """dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u]; scales float32 [S] and [R], without gradients."""
+    """dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u]; scales [S] and [R], without gradients.
+
+    Scales are float32; for x in float64 they may be float64.
+    """
     _check(block, x)
     if _is_native(x):
         out: Tensor = ScaledSum.apply(x.float(), block, src_scale, dst_scale)  # type: ignore[no-untyped-call]
@@ -61,11 +70,12 @@ def aggregate_sum(
 
 def aggregate_mean(block: Block, x: Tensor) -> Tensor:
     """Mean over in-edges; 0 where a destination has none."""
-    return aggregate_sum(block, x, dst_scale=sampled_degrees(block).clamp(min=1).reciprocal())
+    return aggregate_sum(block, x, dst_scale=sampled_degrees(block, scale_dtype(x)).clamp(min=1).reciprocal())
 
 
 def aggregate_weighted_mean(block: Block, x: Tensor, weights: Tensor) -> Tensor:
     """Sum of w * x over the sum of w, for weights float32 [E] of the edges; 0 where they sum to 0."""
+    weights = weights.double() if x.dtype == torch.float64 else weights
     total = _segments(block, weights[:, None], "sum")
     scale = total.masked_fill(total == 0, math.inf).reciprocal()
     return aggregate_weighted(block, x, weights[:, None]) * scale.to(x.dtype)
@@ -127,6 +137,15 @@ def with_self_loops(block: Block) -> Block:
 
     Edge weights are dropped too: a loop has none.
     """
+    if block.cache is None:
+        return _add_self_loops(block)
+    made = derived(
+        block.cache, "with self-loops", lambda: replace(_add_self_loops(block), draws=None, cache=BlockCache())
+    )
+    return replace(made, draws=block.draws)
+
+
+def _add_self_loops(block: Block) -> Block:
     rows = edge_destinations(block)
     others = block.indices != rows
     counts = _count_chosen(block, others)

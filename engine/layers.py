@@ -15,6 +15,7 @@ Letters: S sources, R destinations, E edges of the block, F features, H outputs,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,8 +29,12 @@ from penstock.engine.aggregate import (
     aggregate_weighted_mean,
     edge_softmax,
     sampled_degrees,
+    scale_dtype,
     with_self_loops,
 )
+from penstock.engine.blockcache import derived
+from penstock.engine.deferred import Linear, linear
+from penstock.engine.dropout import edge_dropout
 from penstock.engine.minibatch import Block
 
 Aggregator = Literal["mean", "max"]
@@ -39,9 +44,10 @@ _GATHER_COST = 14  # multiply-adds of a matrix product in the time of gathering 
 def _linear_first(block: Block, x: Tensor, out_features: int) -> bool:
     """Whether to apply a linear map before it is aggregated: it then runs on more rows, but narrower ones are gathered.
 
-    Inputs that need no gradient spare the backward gather only if they are gathered as they are.
+    Inputs that need no gradient spare the backward gather only if they are gathered as they are. A block with draws
+    may be run without gradients first and with them later, to the same bits: there they count in both.
     """
-    passes = 2 if x.requires_grad else 1
+    passes = 2 if x.requires_grad or block.draws is not None else 1
     product = x.shape[1] * out_features // _GATHER_COST
     before = block.num_src * product + 2 * block.num_edges * out_features
     after = block.num_dst * product + passes * block.num_edges * x.shape[1]
@@ -50,19 +56,38 @@ def _linear_first(block: Block, x: Tensor, out_features: int) -> bool:
 
 def _aggregate_linear(block: Block, x: Tensor, weight: Tensor, aggregate: Callable[[Block, Tensor], Tensor]) -> Tensor:
     if _linear_first(block, x, len(weight)):
-        return aggregate(block, nn.functional.linear(x, weight))
-    return nn.functional.linear(aggregate(block, x), weight)
+        return aggregate(block, linear(x, weight))
+    return linear(aggregate(block, x), weight)
 
 
-def _degree_ratio(block: Block, layer: str) -> tuple[Tensor, Tensor]:
-    """Degrees float32 [S], and float32 [R] by what factor the sum over sampled neighbours falls short."""
+def _degree_ratio(block: Block, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Degrees [S], and by what factor [R] the sum over sampled neighbours falls short."""
     if block.src_degrees is None:
         raise ValueError(
             f"{layer} needs the in-degrees of the nodes in the whole graph, but this block has none; "
             "sample with `degrees: true`, or use kind sage or gat"
         )
-    degrees = block.src_degrees.float()
-    return degrees, degrees[: block.num_dst] / sampled_degrees(block).clamp(min=1)
+    degrees = block.src_degrees.to(dtype)
+    return degrees, degrees[: block.num_dst] / sampled_degrees(block, dtype).clamp(min=1)
+
+
+def _gcn_scales(block: Block, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of sources [S], of destinations' sums [R] and of destinations themselves [R]."""
+    degrees, ratio = _degree_ratio(block, layer, dtype)
+    src_scale = (degrees + 1).rsqrt()
+    own = src_scale[: block.num_dst]
+    return src_scale, own * ratio, own.square()
+
+
+def gcn_propagate(block: Block, x: Tensor, layer: str) -> Tensor:
+    """Sum of x_u / sqrt((d_u + 1) (d_v + 1)) over neighbours and v itself, [S, F] to [R, F]; d whole-graph in-degrees.
+
+    ValueError, in the name of `layer`, where the block has no degrees.
+    """
+    dtype = scale_dtype(x)
+    src_scale, dst_scale, own = derived(block.cache, f"gcn {dtype}", lambda: _gcn_scales(block, layer, dtype))
+    neighbours = aggregate_sum(block, x, src_scale=src_scale, dst_scale=dst_scale)
+    return neighbours + x[: block.num_dst] * own.to(x.dtype)[:, None]
 
 
 class SAGEConv(nn.Module):
@@ -78,8 +103,8 @@ class SAGEConv(nn.Module):
         if edge_weights and aggregator != "mean":
             raise ValueError(f"edge_weights has no meaning for aggregator {aggregator!r}; use mean, or leave it off")
         self.aggregator, self.edge_weights = aggregator, edge_weights
-        self.neighbour = nn.Linear(in_features, out_features)
-        self.own = nn.Linear(in_features, out_features, bias=False)
+        self.neighbour = Linear(in_features, out_features)
+        self.own = Linear(in_features, out_features, bias=False)
 
     def _mean(self, block: Block, x: Tensor) -> Tensor:
         if not self.edge_weights:
@@ -110,15 +135,7 @@ class GCNConv(nn.Module):
 
     def forward(self, block: Block, x: Tensor) -> Tensor:
         """[S, F] to [R, H]. ValueError where the block has no degrees."""
-        degrees, ratio = _degree_ratio(block, "GCNConv")
-        src_scale = (degrees + 1).rsqrt()
-        own = src_scale[: block.num_dst]
-
-        def propagate(block: Block, x: Tensor) -> Tensor:
-            neighbours = aggregate_sum(block, x, src_scale=src_scale, dst_scale=own * ratio)
-            return neighbours + x[: block.num_dst] * own.square().to(x.dtype)[:, None]
-
-        return _aggregate_linear(block, x, self.weight, propagate) + self.bias
+        return _aggregate_linear(block, x, self.weight, partial(gcn_propagate, layer="GCNConv")) + self.bias
 
 
 class GATConv(nn.Module):
@@ -143,7 +160,7 @@ class GATConv(nn.Module):
         self.heads, self.concat = heads, concat
         self.negative_slope, self.attention_dropout = negative_slope, attention_dropout
         self.dim = out_features // heads if concat else out_features
-        self.linear = nn.Linear(in_features, heads * self.dim, bias=False)
+        self.linear = Linear(in_features, heads * self.dim, bias=False)
         self.src_attention = nn.Parameter(torch.empty(1, heads, self.dim))
         self.dst_attention = nn.Parameter(torch.empty(1, heads, self.dim))
         self.bias = nn.Parameter(torch.zeros(out_features))
@@ -158,7 +175,7 @@ class GATConv(nn.Module):
         src_scores = (by_head * self.src_attention).sum(-1)
         dst_scores = (by_head[: block.num_dst] * self.dst_attention).sum(-1)
         alpha = edge_softmax(block, src_scores, dst_scores, slope=self.negative_slope)
-        alpha = nn.functional.dropout(alpha, self.attention_dropout, self.training)
+        alpha = edge_dropout(alpha, self.attention_dropout, self.training, block)
         out = aggregate_weighted(block, values, alpha)
         if not self.concat:
             out = out.view(-1, self.heads, self.dim).mean(dim=1)
@@ -174,11 +191,11 @@ class GINConv(nn.Module):
         super().__init__()
         self.eps = nn.Parameter(torch.zeros(()))
         self.mlp = mlp or nn.Sequential(
-            nn.Linear(in_features, out_features), nn.ReLU(), nn.Linear(out_features, out_features)
+            Linear(in_features, out_features), nn.ReLU(), Linear(out_features, out_features)
         )
 
     def forward(self, block: Block, x: Tensor) -> Tensor:
         """[S, F] to [R, H]. ValueError where the block has no degrees."""
-        _, ratio = _degree_ratio(block, "GINConv")
+        _, ratio = _degree_ratio(block, "GINConv", scale_dtype(x))
         total = aggregate_sum(block, x, dst_scale=ratio) + (1 + self.eps) * x[: block.num_dst]
         return self.mlp(total)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """Run the aggregation kernels under autograd, on CPU in float32; `aggregate` decides when.
 
 Threads are torch's (`torch.set_num_threads`); the bits of outputs and gradients do not depend on their number. The
-backward pass of a gather over in-edges is a gather over out-edges, for which the block is transposed on the spot.
+backward pass of a gather over in-edges is a gather over out-edges, for which the block is transposed on the spot, or
+once for all layers and passes where it has a cache.
 
 Letters: S sources, R destinations, E edges of the block, F features, K weights per edge (heads).
 """
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.engine import recycled
+from penstock.engine.blockcache import derived
 from penstock.engine.minibatch import Block
 from penstock.kernels import aggregate as kernels
 from penstock.kernels import attention
@@ -53,16 +55,19 @@ def _run(kernel: Callable[..., None], indptr: NDArray[np.int32], width: int, *ar
     )
 
 
-def transpose(block: Block, *, edges: bool = False) -> Transposed:
-    """Sort the edges of a CPU block by source, stably; `edges` asks for their positions in the block too."""
+def transpose(block: Block, *, edges: bool = False, empty: Callable[..., Tensor] = recycled.empty) -> Transposed:
+    """Sort the edges of a CPU block by source, stably; `edges` asks for their positions in the block too.
+
+    `empty` allocates the result.
+    """
     indptr, indices = _array(block.indptr), _array(block.indices)
     ranges = split_by_edges(indptr, min(_MOST_PARTS, _threads(16 * len(indices)))) or [(0, 0)]
     part = {lo: n for n, (lo, _) in enumerate(ranges)}
     counts = _array(recycled.empty(len(ranges), block.num_src, dtype=torch.int32))
     made = Transposed(
-        indptr=recycled.empty(block.num_src + 1, dtype=torch.int32),
-        indices=recycled.empty(len(indices), dtype=torch.int32),
-        edges=recycled.empty(len(indices), dtype=torch.int32) if edges else None,
+        indptr=empty(block.num_src + 1, dtype=torch.int32),
+        indices=empty(len(indices), dtype=torch.int32),
+        edges=empty(len(indices), dtype=torch.int32) if edges else None,
     )
     run_ranges(lambda lo, hi: count_sources(indptr, indices, counts[part[lo]], lo, hi), ranges, len(ranges))
     offsets_of_counts(counts, made.indptr.numpy())
@@ -73,6 +78,14 @@ def transpose(block: Block, *, edges: bool = False) -> Transposed:
         len(ranges),
     )
     return made
+
+
+def _by_source(block: Block, *, edges: bool) -> Transposed:
+    if block.cache is None:
+        return transpose(block, edges=edges)
+    # recycled memory may be twice as large as what is asked for: too much to hold for good
+    name = "edges by source" if edges else "by source"
+    return derived(block.cache, name, lambda: transpose(block, edges=edges, empty=torch.empty))
 
 
 def scaled_sum_into(
@@ -96,7 +109,7 @@ class ScaledSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         src_scale, dst_scale = ctx.scales
-        by_source = transpose(ctx.block)
+        by_source = _by_source(ctx.block, edges=False)
         return scaled_sum_into(by_source.indptr, by_source.indices, grads[0], dst_scale, src_scale), None, None, None
 
 
@@ -119,7 +132,7 @@ class WeightedSum(torch.autograd.Function):
         grad_x = grad_weights = None
         if ctx.needs_input_grad[0]:
             grad_x = recycled.empty(*x.shape)
-            by_source = transpose(block, edges=True)
+            by_source = _by_source(block, edges=True)
             edges = (_array(by_source.indices), _array(by_source.edges))
             _run(
                 kernels.weighted_sum,
@@ -151,7 +164,7 @@ class MaxRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        by_source = transpose(ctx.block, edges=True)
+        by_source = _by_source(ctx.block, edges=True)
         grad_x = recycled.empty(ctx.block.num_src, grads[0].shape[1])
         args = (_array(by_source.indices), _array(by_source.edges), ctx.argmax.numpy(), _array(grads[0]))
         _run(kernels.max_rows_backward, _array(by_source.indptr), grad_x.shape[1], *args, grad_x.numpy())
@@ -183,7 +196,7 @@ class EdgeSoftmax(torch.autograd.Function):
             4 * heads,
             *(*scores, _array(alpha), _array(grads[0]), *outs),
         )
-        by_source, grad_src = transpose(block, edges=True), recycled.empty(*src_scores.shape)
+        by_source, grad_src = _by_source(block, edges=True), recycled.empty(*src_scores.shape)
         args = (_array(by_source.edges), grad_edges.numpy(), grad_src.numpy())
         _run(attention.edge_sum, _array(by_source.indptr), heads, *args)
         return grad_src, grad_dst, None, None
