@@ -83,7 +83,8 @@ def count_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def _single_block(device: torch.device) -> Block:
+def single_block(device: torch.device) -> Block:
+    """One node with an edge to itself: enough to learn widths and who uses what."""
     return Block(
         num_src=1,
         num_dst=1,
@@ -94,9 +95,9 @@ def _single_block(device: torch.device) -> Block:
     )
 
 
-def _layer_widths(model: nn.Module, num_features: int, num_layers: int, device: torch.device) -> list[int]:
+def layer_widths(model: nn.Module, num_features: int, num_layers: int, device: torch.device) -> list[int]:
     """Columns of every layer's input, and of the last one's output, found by running one node through."""
-    block, x = _single_block(device), torch.linspace(-1, 1, num_features, device=device)[None]
+    block, x = single_block(device), torch.linspace(-1, 1, num_features, device=device)[None]
     if not hasattr(model, "layer_forward"):
         check_layer_forward(model, [block] * len(model.layers), x)  # type: ignore[arg-type]  # a ModuleList
     widths = [num_features]
@@ -107,7 +108,10 @@ def _layer_widths(model: nn.Module, num_features: int, num_layers: int, device: 
 
 
 def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, num_nodes: int) -> ChunkCosts:
-    params = list(model.layers[layer].parameters())  # type: ignore[index, union-attr]  # a ModuleList
+    modules = [model.layers[layer]]  # type: ignore[index]  # a ModuleList
+    if layer == 0:
+        modules.append(getattr(model, "encoder", None) or nn.Identity())
+    params = [p for module in modules for p in module.parameters()]  # type: ignore[union-attr]
     wide = max([out_width, *(len(p) for p in params if p.ndim)])  # outputs come first in torch's weights
     heads = max([1, *(p.shape[-2] for p in params if p.ndim == 3)])
     decode = 0 if row_format.dtype == "float32" else 4 * row_format.width
@@ -241,7 +245,7 @@ def _run_layers(
 ) -> LayerTable:
     scratch.mkdir(parents=True, exist_ok=True)
     ids = None if targets is None else np.unique(targets)
-    widths = _layer_widths(model, graph.meta.num_features, total, device)
+    widths = layer_widths(model, graph.meta.num_features, total, device)
     passes: list[_Pass] = []
     for layer in range(1, total + 1):
         last = ids if layer == total else None

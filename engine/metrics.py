@@ -76,6 +76,22 @@ class Counts:
         self._nodes += count
         self._loss += node_loss(logits, labels).double() * count
 
+    def export(self) -> dict[str, Any]:
+        """The counts as plain numbers, to be added to those of other processes."""
+        return {
+            "right": int(self._right),
+            "loss": float(self._loss),
+            "nodes": int(self._nodes),
+            "classes": self._classes.tolist(),
+        }
+
+    def add(self, exported: dict[str, Any]) -> None:
+        """Add what another `Counts` of as many classes exported."""
+        self._right += exported["right"]
+        self._loss += exported["loss"]
+        self._nodes += exported["nodes"]
+        self._classes += torch.tensor(exported["classes"], dtype=torch.int64, device=self._classes.device)
+
     def metrics(self) -> Metrics:
         """Read the counts. Macro F1 is the mean over the classes that are present or were predicted."""
         hits, predicted, present = self._classes.double().cpu()

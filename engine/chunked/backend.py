@@ -1,0 +1,91 @@
+"""What drives ranks: a backend calls one method on all of them at once and gives their answers, or the first error.
+
+| backend | ranks are | data plane |
+|---|---|---|
+| `threads` | threads of this process | queues |
+| `processes` | child processes of this one | gloo, or NCCL on CUDA |
+| `ray` (`penstock.cluster`) | Ray actors, one call per epoch | gloo, or NCCL on CUDA |
+
+All of them carry out the same lists with the same arithmetic, so on CPU they end with the same bits.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.transport import PeerLost
+
+POLL_S = 0.05
+Poll = Callable[[], None]
+
+
+class RankFailed(RuntimeError):
+    """A rank raised or died; the message says which and why. Training goes on from the last checkpoint."""
+
+
+class Backend(Protocol):
+    """Ranks that wait for calls; a context manager that ends them behind it."""
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None) -> list[Any]:
+        """Call `Rank.<method>(*arguments[rank])` on every rank at once (no arguments: none) and wait for all answers.
+
+        `poll` is called every 50 ms meanwhile, in this thread; what it raises ends the wait. The first error wins: errors
+        of a rank's own are raised as they are (ValueError, DoesNotFit, ...), a rank that died or lost a peer as
+        RankFailed with its number. After an error the backend can only be left.
+        """
+
+
+OpenBackend = Callable[[Sequence[RankSpec]], AbstractContextManager[Backend]]
+
+
+class Board:
+    """How far every rank is, in a file that all of them map: `done` and `total` actions, and when (ns, monotonic)."""
+
+    def __init__(self, path: Path, num_ranks: int) -> None:
+        if not path.is_file() or path.stat().st_size != num_ranks * 24:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(num_ranks * 24))
+        self._rows: np.memmap[Any, np.dtype[np.int64]] = np.memmap(path, np.int64, mode="r+", shape=(num_ranks, 3))
+
+    def heartbeat(self, rank: int) -> Callable[[int, int], None]:
+        """The function that one rank calls after every action."""
+        row = self._rows[rank]
+
+        def beat(done: int, total: int) -> None:
+            row[0], row[1], row[2] = done, total, time.monotonic_ns()
+
+        return beat
+
+    def done(self) -> tuple[int, int]:
+        """Actions done and in all, over all ranks."""
+        return int(self._rows[:, 0].sum()), int(self._rows[:, 1].sum())
+
+    def read(self) -> list[tuple[int, int, int]]:
+        """Done, total and time of every rank."""
+        return [(int(a), int(b), int(c)) for a, b, c in self._rows]
+
+    def reset(self) -> None:
+        """Before a call."""
+        self._rows[:] = 0
+
+
+def open_board(specs: Sequence[RankSpec]) -> Board:
+    """The board of a run's ranks, in their scratch folder."""
+    return Board(specs[0].scratch / "heartbeats", len(specs))
+
+
+def raise_first(errors: Sequence[tuple[int, BaseException]]) -> None:
+    """Raise the error that explains the others: one of a rank's own before one that only lost a peer."""
+    own = [(rank, error) for rank, error in errors if not isinstance(error, PeerLost | RankFailed)]
+    rank, error = (own or list(errors))[0]
+    with contextlib.suppress(AttributeError):
+        error.add_note(f"in rank {rank}")
+    if isinstance(error, PeerLost):
+        raise RankFailed(f"rank {rank}: {error}") from error
+    raise error

@@ -1,0 +1,318 @@
+"""Drive the ranks of full-graph training: epochs, exact passes, evaluation, checkpoints, and what is written down.
+
+The driver holds no tensor but the final weights. Every epoch is planned and proven sound before any rank sees it. A rerun
+continues from the newest checkpoint: `full` ones have histories and continue to the same bits with the same chunks and
+parts; others, `light` ones among them, start from exact histories.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.engine.checkpoint import delete_checkpoints
+from penstock.engine.chunked.backend import Backend, OpenBackend, open_board
+from penstock.engine.chunked.checkpoints import begin_checkpoint, publish_checkpoint, read_latest
+from penstock.engine.chunked.schedule import EpochPlan, chunk_order, plan_epoch, plan_exact
+from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
+from penstock.engine.chunked.telemetry import epoch_record
+from penstock.engine.chunked.validate import validate_plan
+from penstock.engine.metrics import Counts, Metrics, MetricsWriter
+from penstock.engine.optim import learning_rate
+from penstock.engine.trainer import Stopped
+from penstock.storage.chunks import open_chunks
+from penstock.storage.graph import Split, open_graph
+from penstock.storage.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_S = 10.0  # epochs shorter than this are not worth a checkpoint each
+
+
+@dataclass(slots=True, kw_only=True)
+class ChunkedState:
+    """Where training is: the JSON part of a checkpoint."""
+
+    epochs_done: int = 0
+    stopped_early: bool = False
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float | None = None
+    best_loss: float | None = None
+    metrics_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkedResult:
+    """What training came to. `weights` are the best ones where there was an evaluation; times are of this process."""
+
+    weights: dict[str, Tensor]
+    state: ChunkedState
+    resumed_from: int
+    reports: tuple[RankReport, ...]
+    plan: EpochPlan | None
+    epoch_s: tuple[float, ...]
+    exact_s: float
+    checkpoint_s: float
+    history_errors: dict[int, float]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Training loss of every epoch."""
+        return tuple(self.state.losses)
+
+
+class ChunkedTrainer:
+    """Trains what `specs` describe, one per rank. `identity` has to be equal for a checkpoint to be continued.
+
+    `evaluate` are the splits scored every `train.evaluate_every` epochs; `valid` decides which epoch is best.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RankSpec],
+        open_backend: OpenBackend,
+        *,
+        checkpoints: Path,
+        metrics: Path,
+        evaluate: tuple[Split, ...] = ("valid",),
+        identity: Mapping[str, Any] | None = None,
+        stop_requested: threading.Event | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.specs, self.spec = specs, specs[0]
+        self.train, self.chunked, self.layout = self.spec.train, self.spec.chunked, self.spec.layout
+        if self.train.precision != "float32":
+            raise ValueError(f"precision={self.train.precision} is not for full-graph training; use float32")
+        self._open_backend, self._checkpoints, self._metrics_path = open_backend, checkpoints, metrics
+        self._evaluate = evaluate if self.train.evaluate_every else ()
+        if self.train.patience is not None and "valid" not in self._evaluate:
+            raise ValueError(
+                f"patience={self.train.patience} needs an evaluation of valid; set evaluate_every, or patience to none"
+            )
+        store = open_chunks(self.spec.chunks)
+        self._num_chunks, self._meta = store.meta.num_chunks, store.meta
+        self._num_classes = open_graph(self.spec.graph).meta.num_classes
+        self._identity = {"chunks": asdict(store.meta), **(identity or {})}
+        self._stop, self._progress = stop_requested or threading.Event(), progress
+        self.state = ChunkedState()
+        self._board = open_board(specs)
+        self._errors: dict[int, float] = {}
+        self._epoch_s: list[float] = []
+        self._times = {"exact": 0.0, "checkpoint": 0.0}
+        self._reports: list[RankReport] = []
+        self._plan: EpochPlan | None = None
+
+    def run(self, *, resume: bool = True) -> ChunkedResult:
+        """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when asked.
+
+        RankFailed where a rank died, ValueError for a loss that is not finite or a checkpoint of another run.
+        """
+        if not resume:
+            delete_checkpoints(self._checkpoints)
+        found = read_latest(self._checkpoints)
+        if found is not None:
+            self._check_identity(found.state["identity"], found.path)
+            self.state = ChunkedState(**found.state["state"])
+        resumed_from, self._saved = self.state.epochs_done, (self.state.epochs_done, time.monotonic())
+        with (
+            self._open_backend(self.specs) as self._backend,
+            MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics,
+        ):
+            self._start(None if found is None else found.path, None if found is None else found.state["full"])
+            while not self._finished:
+                self._epoch()
+            weights: dict[str, Tensor] = {}
+            for part in self._call("weights", [(True,)] * self.layout.num_ranks)[: self.layout.stages]:
+                weights |= part
+        return ChunkedResult(
+            weights=weights,
+            state=self.state,
+            resumed_from=resumed_from,
+            reports=tuple(self._reports),
+            plan=self._plan,
+            epoch_s=tuple(self._epoch_s),
+            exact_s=self._times["exact"],
+            checkpoint_s=self._times["checkpoint"],
+            history_errors=self._errors,
+        )
+
+    @property
+    def _finished(self) -> bool:
+        return self.state.epochs_done >= self.train.epochs or self.state.stopped_early
+
+    def _check_identity(self, found: Mapping[str, Any], path: Path) -> None:
+        differing = sorted(
+            key for key in {*found, *self._identity} if key != "chunks" and found.get(key) != self._identity.get(key)
+        )
+        if differing:
+            raise ValueError(f"{path} is of a run with other {', '.join(differing)}; use the same, or --resume=false")
+
+    def _start(self, checkpoint: Path | None, cut: Any) -> None:
+        """Bring ranks to where training is: weights and histories of a checkpoint, or exact or zero histories."""
+        restores = checkpoint is not None and cut == self._identity["chunks"]
+        if checkpoint is not None:
+            self._call("load", [(checkpoint, restores)] * self.layout.num_ranks)
+            if not restores:
+                logger.info("%s has no histories of these chunks; they start exact", checkpoint)
+        if restores or self._finished:
+            return
+        if self.chunked.starts_exact or checkpoint is not None:
+            self._exact(keep=True, splits=())
+        else:
+            self._call("start_cold")
+
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        return self._backend.call(method, arguments, self._poll)
+
+    def _poll(self) -> None:
+        done, total = self._board.done()
+        if total:
+            self._progress("chunks", done, total, "actions")
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The proven plan of an epoch."""
+        config = self.chunked
+        order = chunk_order(
+            self.train.seed, epoch, self._num_chunks, config.cycle_orders, shuffle=config.shuffle_chunks
+        )
+        plan = plan_epoch(
+            self.layout,
+            epoch=epoch,
+            order=order,
+            updates=config.updates_per_epoch,
+            gradient_mode=config.gradient_mode,
+            recompute=self.spec.recompute,
+            defer_weights=config.defer_weights,
+        )
+        validate_plan(plan, self.layout, period=config.period)
+        return plan
+
+    def _epoch(self) -> None:
+        epoch, updates = self.state.epochs_done, self.chunked.updates_per_epoch
+        self._plan = self.plan(epoch)
+        rates = tuple(
+            learning_rate(self.train, epoch * updates + n, updates, self.train.epochs) for n in range(updates)
+        )
+        began = time.perf_counter()
+        self._board.reset()
+        self._reports = self._call("train_epoch", [(self._plan, rates)] * self.layout.num_ranks)
+        self._epoch_s.append(time.perf_counter() - began)
+        last = self.layout.stages - 1
+        loss = math.fsum(r.loss for r in self._reports if self.layout.stage_of(r.rank) == last) / updates
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} in epoch {epoch}; lower lr={self.train.lr}, or set grad_clip")
+        self.state.losses.append(loss)
+        self._end_epoch(epoch + 1, loss)
+
+    def _end_epoch(self, epochs: int, loss: float) -> None:
+        """Evaluate, refresh and save what is due after `epochs` epochs."""
+        train, state = self.train, self.state
+        last = epochs == train.epochs
+        evaluates = bool(self._evaluate) and (last or epochs % train.evaluate_every == 0)
+        refreshes = self.chunked.refresh_every > 0 and epochs % self.chunked.refresh_every == 0 and not last
+        found: dict[Split, Metrics] = {}
+        if evaluates or refreshes:
+            found = self._exact(keep=refreshes, splits=self._evaluate if evaluates else ())
+        state.epochs_done = epochs
+        if evaluates:
+            self._judge(epochs, found, last)
+        record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
+        values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
+        errors = {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
+        self._metrics.write({"step": epochs, "epoch": epochs, "train_loss": loss, **values, **errors, **record})
+        self._progress("train", epochs, train.epochs, "epochs", loss=loss)
+        self._save_if_due()
+
+    def _judge(self, epoch: int, found: Mapping[Split, Metrics], last: bool) -> None:
+        state, train = self.state, self.train
+        if not all(math.isfinite(m.loss) for m in found.values()):
+            raise ValueError(f"an evaluation loss is not finite after epoch {epoch}: {dict(found)}; lower lr={train.lr}")
+        state.evaluations.append({"epoch": epoch, **{split: m.to_json() for split, m in found.items()}})
+        if "valid" not in found:
+            return
+        valid = found["valid"]
+        score = -valid.loss if train.metric == "loss" else float(getattr(valid, train.metric))
+        best = (-math.inf, -math.inf)
+        if state.best_score is not None and state.best_loss is not None:
+            best = (state.best_score, -state.best_loss)
+        if (score, -valid.loss) > best:
+            state.best_epoch, state.best_score, state.best_loss = epoch, score, valid.loss
+            self._call("keep_best")
+        state.stopped_early = train.patience is not None and not last and epoch - state.best_epoch >= train.patience
+
+    def _exact(self, *, keep: bool, splits: tuple[Split, ...]) -> dict[Split, Metrics]:
+        """Run an exact pass after the epochs done so far."""
+        began = time.perf_counter()
+        epoch = len(self.state.losses) - 1  # the version of rows that come before the next epoch
+        plan = plan_exact(self.layout, self._stage_layers(), self._num_chunks, epoch)
+        validate_plan(plan, self.layout, period=self.chunked.period)
+        sampled = max(0, epoch) % self._num_chunks if epoch >= 0 and self.state.losses else None
+        self._board.reset()
+        reports: list[ExactReport] = self._call("exact_pass", [(plan, keep, splits, sampled)] * self.layout.num_ranks)
+        totals = {split: Counts(self._num_classes) for split in splits}
+        errors: dict[int, list[float]] = {}
+        for report in reports:
+            for split, counts in report.counts.items():
+                totals[split].add(counts)
+            for layer, value in report.history_errors.items():
+                errors.setdefault(layer, []).append(value)
+        self._errors = {layer: float(np.mean(values)) for layer, values in sorted(errors.items())}
+        self._times["exact"] += time.perf_counter() - began
+        return {split: counts.metrics() for split, counts in totals.items()}
+
+    def _stage_layers(self) -> tuple[range, ...]:
+        """Hidden layers by stage: unit n is the n-th of them, unit 0 is none."""
+        first = self.spec.first_hidden
+        return tuple(range(first + max(0, start - 1), first + stop - 1) for start, stop in self.spec.units)
+
+    def _save_if_due(self) -> None:
+        train, state = self.train, self.state
+        saved, at = self._saved
+        since = time.monotonic() - at
+        minutes = train.checkpoint_minutes is not None and since >= train.checkpoint_minutes * 60
+        items = train.checkpoint_items is not None and state.epochs_done % train.checkpoint_items == 0
+        stops = self._stop.is_set() and not self._finished
+        if stops or minutes or items or self._finished or since >= _CHECKPOINT_S:
+            if saved != state.epochs_done:
+                self._save()
+        if stops:
+            raise Stopped(
+                f"stopped after epoch {state.epochs_done} of {train.epochs}, with a checkpoint in {self._checkpoints}; "
+                "run the same command again to continue"
+            )
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        epoch = self.state.epochs_done
+        self.state.metrics_bytes = self._metrics.num_bytes
+        folder = begin_checkpoint(self._checkpoints, epoch)
+        files: dict[str, dict[str, Any]] = {}
+        for entries in self._call("save", [(folder,)] * self.layout.num_ranks):
+            files |= entries
+        full = self._identity["chunks"] if self.chunked.checkpoint == "full" else None
+        value = {"state": asdict(self.state), "identity": self._identity, "full": full}
+        publish_checkpoint(self._checkpoints, epoch, value, files, keep=self.train.keep_checkpoints)
+        self._saved = (epoch, time.monotonic())
+        self._times["checkpoint"] += time.perf_counter() - began
+
+
+def initial_weights(path: Path, model: torch.nn.Module) -> Path:
+    """Write what all ranks start from."""
+    import safetensors.torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({k: t.detach().contiguous().clone() for k, t in model.state_dict().items()}, path)
+    return path
+
+
+__all__ = ["Backend", "ChunkedResult", "ChunkedState", "ChunkedTrainer", "initial_weights"]
