@@ -1,9 +1,9 @@
-"""Models over blocks: stacks of `layers`, or a user's own module by import path.
+"""Models over blocks: stacks of `layers`, deep ones (see `deep_models`), or a user's own module by import path.
 
 A model is called as `model(blocks, x)`, x [M, F] features of the input nodes, to [B, C] scores of the seeds. Layer by
 layer inference calls `model.layer_forward(l, block, x)`: layer l with all that belongs to it, in the order dropout of
 the input, layer, residual, norm, activation; the last layer has neither norm nor activation. Dropout draws from
-torch's global generator, which the trainer reseeds every step.
+torch's global generator, which the trainer reseeds every step, or as a block's `draws` say.
 
 Letters: L layers, M input nodes, B seeds, F features, H hidden, C classes.
 """
@@ -18,19 +18,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from penstock.engine.deep_models import DAGNN, GCNII, ResGCN
+from penstock.engine.deferred import Linear
+from penstock.engine.dropout import dropout
 from penstock.engine.layers import Aggregator, GATConv, GCNConv, GINConv, SAGEConv
 from penstock.engine.minibatch import Block
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": nn.functional.elu}
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+_DEEP = ("gcnii", "resgcn", "dagnn")
 
 
 class ModelConfig(BaseModel):
-    """What to train. `num_layers` has to equal the number of fanouts; `module` and `kwargs` are for kind custom."""
+    """What to train. On samples, `num_layers` has to equal the number of fanouts.
+
+    `module` and `kwargs` are for kind custom, `alpha` and `theta` for gcnii. The deep kinds gcnii, resgcn and dagnn
+    have their own residuals; resgcn takes a norm, layer norm unless another is named.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["sage", "gcn", "gat", "gin", "custom"] = "sage"
+    kind: Literal["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn", "custom"] = "sage"
     num_layers: int = Field(default=3, ge=1)
     hidden: int = Field(default=128, ge=1)
     aggregator: Aggregator = "mean"
@@ -42,8 +50,16 @@ class ModelConfig(BaseModel):
     norm: Literal["none", "batch", "layer"] = "none"
     residual: bool = False
     activation: Literal["relu", "elu"] = "relu"
+    alpha: float = Field(default=0.1, ge=0, le=1)
+    theta: float = Field(default=0.5, gt=0)
     module: str | None = None
     kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any) -> Any:
+        is_resgcn = isinstance(value, dict) and value.get("kind") == "resgcn"
+        return {"norm": "layer", **value} if is_resgcn else value
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ModelConfig":
@@ -55,6 +71,10 @@ class ModelConfig(BaseModel):
             raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}; change one of them")
         if self.edge_weights and (self.kind, self.aggregator) != ("sage", "mean"):
             raise ValueError("edge_weights is for kind sage with aggregator mean only; turn it off")
+        if self.residual and self.kind in _DEEP:
+            raise ValueError(f"residual is part of what kind {self.kind} is, in its own way; leave it off")
+        if self.norm != "none" and self.kind in ("gcnii", "dagnn"):
+            raise ValueError(f"norm={self.norm}, but kind {self.kind} has no norms; leave it none, or use resgcn")
         return self
 
 
@@ -62,7 +82,7 @@ def needs_degrees(config: ModelConfig) -> bool:
     """Whether items must carry whole-graph in-degrees; a custom module says so by an attribute `needs_degrees`."""
     if config.kind == "custom":
         return bool(getattr(load_class(config.module or ""), "needs_degrees", False))
-    return config.kind in ("gcn", "gin")
+    return config.kind in ("gcn", "gin", *_DEEP)
 
 
 def _make_layer(config: ModelConfig, in_features: int, out_features: int, is_last: bool) -> nn.Module:
@@ -92,12 +112,12 @@ class GraphModel(nn.Module):
                 self.norms.append(_NORMS[config.norm](fan_out))
                 if config.residual:
                     same = fan_in == fan_out
-                    self.skips.append(nn.Identity() if same else nn.Linear(fan_in, fan_out, bias=False))
+                    self.skips.append(nn.Identity() if same else Linear(fan_in, fan_out, bias=False))
 
     def layer_forward(self, layer: int, block: Block, x: Tensor) -> Tensor:
         """Apply one layer with its dropout (in training), residual, norm and activation."""
         config = self.config
-        x = nn.functional.dropout(x, config.dropout if layer else config.input_dropout, self.training)
+        x = dropout(x, config.dropout if layer else config.input_dropout, self.training, block)
         out: Tensor = self.layers[layer](block, x)
         if layer == len(self.layers) - 1:
             return out
@@ -115,6 +135,21 @@ class GraphModel(nn.Module):
         for layer, block in enumerate(blocks):
             x = self.layer_forward(layer, block, x)
         return x
+
+
+def _build_deep(config: ModelConfig, num_features: int, num_classes: int) -> nn.Module:
+    options: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+        "input_dropout": config.input_dropout,
+        "activation": _ACTIVATIONS[config.activation],
+    }
+    if config.kind == "gcnii":
+        return GCNII(num_features, num_classes, alpha=config.alpha, theta=config.theta, **options)
+    if config.kind == "resgcn":
+        return ResGCN(num_features, num_classes, norm=_NORMS[config.norm], **options)
+    return DAGNN(num_features, num_classes, **options)
 
 
 def _import_parent(name: str) -> Any:
@@ -165,6 +200,8 @@ def build_model(config: ModelConfig, num_features: int, num_classes: int, num_la
         return module
     if num_layers not in (None, config.num_layers):
         raise ValueError(f"num_layers={config.num_layers}, but there are {num_layers} fanouts; make them equal")
+    if config.kind in _DEEP:
+        return _build_deep(config, num_features, num_classes)
     return GraphModel(config, num_features, num_classes)
 
 
