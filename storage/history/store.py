@@ -1,6 +1,5 @@
 """What a table needs of the place that holds its buffers, and the two places that are plain arrays."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,11 +7,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.storage.directio import aligned_buffer
-from penstock.storage.errors import FormatError, full_disk_is_clear
+from penstock.storage.budget import require_free_disk
+from penstock.storage.directio import DirectFile, aligned_buffer
+from penstock.storage.errors import FormatError
 from penstock.storage.history.layout import RunLayout, stretches
-
-POISON = 0xFF  # a value of these bytes is NaN, in all three dtypes
 
 
 class RunStore(Protocol):
@@ -132,14 +130,10 @@ def runs(layout: RunLayout) -> Iterable[tuple[int, int]]:
 
 
 def _map_file(path: Path, num_bytes: int) -> NDArray[np.uint8]:
-    with open(path, "xb") as file, full_disk_is_clear(path):
-        reserve(file.fileno(), num_bytes)
+    require_free_disk(path.parent, num_bytes, f"the history {path.name}")
+    with DirectFile(path, "write", direct=False) as file:
+        file.reserve(num_bytes)
     return np.memmap(path, np.uint8, "r+", shape=(num_bytes,))
-
-
-def reserve(fd: int, num_bytes: int) -> None:
-    """Allocate the blocks of a file, so that a full disk is found now and not in the middle of an epoch."""
-    os.posix_fallocate(fd, 0, num_bytes)
 
 
 def check_size(path: Path, num_bytes: int) -> None:

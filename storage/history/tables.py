@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from penstock.storage.errors import FormatError
 from penstock.storage.history.layout import RunLayout
-from penstock.storage.history.store import POISON, RunStore
+from penstock.storage.history.store import RunStore
+from penstock.storage.history.values import POISON
 
 Bools = NDArray[np.bool_]
 Versions = NDArray[np.int64]

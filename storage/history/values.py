@@ -9,7 +9,12 @@ from numpy.typing import NDArray
 from penstock.kernels.runs import decode_bfloat16, encode_bfloat16
 
 HistoryDtype = Literal["float32", "bfloat16", "float64"]
-_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float64": np.dtype("<f8")}
+POISON = 0xFF  # a value of these bytes is NaN, in every dtype
+_STORED: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float64": np.dtype("<f8"),
+}
 _PIECE = 1 << 16  # values that are blended at a time: small enough for the cache, and the memory that it takes
 
 
