@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.errors import FormatError
@@ -217,6 +218,12 @@ class ChunkStore:
 
     def __init__(self, path: Path, manifest: Manifest, meta: ChunkMeta) -> None:
         self.path, self.manifest, self.meta = path, manifest, meta
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the content: of the checksums in the manifest."""
+        text = "".join(f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name))
+        return str(xxhash.xxh3_64_hexdigest(text.encode()))
 
     def part(self, part: int) -> PartChunks:
         """Open one part; IndexError outside 0..W-1."""

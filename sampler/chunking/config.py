@@ -8,8 +8,9 @@ Method = Literal["metis", "ldg", "fennel", "random"]
 
 
 class PartitionConfig(BaseModel):
-    """`parts` times `chunks` pieces. `passes` of streaming; no piece has more than 1 + `slack` times the mean nodes.
+    """`parts` times `chunks` pieces, none with more than 1 + `slack` times the mean nodes.
 
+    LDG and Fennel stream the graph `passes` times; ten come near METIS on graphs with communities, three do not.
     `auto` is METIS where its memory fits and DGL is installed, else LDG. METIS ignores `seed`: DGL hands it none.
     """
 
@@ -17,7 +18,7 @@ class PartitionConfig(BaseModel):
 
     chunks: Annotated[int, Field(ge=1)] = 32
     parts: Annotated[int, Field(ge=1)] = 1
-    method: Literal["auto"] | Method = "auto"
+    method: Literal["auto", "metis", "ldg", "fennel", "random"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    passes: Annotated[int, Field(ge=1)] = 3
+    passes: Annotated[int, Field(ge=1)] = 10
     slack: Annotated[float, Field(ge=0)] = 0.1

@@ -62,9 +62,9 @@ def _cut_group(
         return (np.arange(len(nodes)) * num_bins // len(nodes)).astype(np.int32)
     kept = np.concatenate([[0], np.cumsum(inside)])
     indptr = kept[np.concatenate([offsets, [len(destinations)]])]
-    edges = ("csc", (torch.from_numpy(indptr), torch.from_numpy(sources[inside]), []))
+    csc = torch.from_numpy(indptr), torch.from_numpy(sources[inside]), torch.empty(0, dtype=torch.int64)
     with contextlib.redirect_stdout(sys.stderr):
-        labels = dgl.metis_partition_assignment(dgl.graph(edges, num_nodes=len(nodes)), num_bins)
+        labels = dgl.metis_partition_assignment(dgl.graph(("csc", csc), num_nodes=len(nodes)), num_bins)
     return np.asarray(labels.numpy().astype(np.int32))
 
 

@@ -24,7 +24,7 @@ from penstock.storage.npyfile import NpyWriter, write_npy
 
 def _degrees(graph: GraphStore, ids: NDArray[Any]) -> NDArray[np.int32]:
     degrees = graph.indptr[ids + np.int64(1)] - graph.indptr[ids]
-    return np.minimum(degrees, np.iinfo(np.int32).max).astype(np.int32)
+    return np.asarray(np.minimum(degrees, np.iinfo(np.int32).max), np.int32)
 
 
 class PartWriter:

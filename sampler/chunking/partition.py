@@ -22,7 +22,7 @@ Split = Callable[[NDArray[np.int32], int], NDArray[np.int32]]
 
 def choose_method(graph: GraphStore, config: PartitionConfig, host_memory: int) -> Method:
     """Resolve `auto`. DoesNotFit or MissingDependency where METIS is asked for and cannot be had."""
-    if config.method not in ("auto", "metis"):
+    if config.method != "auto" and config.method != "metis":
         return config.method
     needed, here = metis_bytes(graph), can_import_dgl()
     if here and needed <= host_memory:

@@ -119,7 +119,8 @@ def write_chunks(
 
     `assignment` gives part and chunk of every node instead. DataError names what differs where `out` holds something
     else; ValueError where a piece would be empty; DoesNotFit, naming the smallest that would do, where memory is too
-    small or a piece has 2^31 edges or rows, before anything but the mark is written, and where the disk is full.
+    small or a piece has 2^31 edges, before anything but the mark is written, and where a piece's own and halo rows are
+    2^31 or the disk is full.
     """
     if assignment is not None:
         assignment = _check_assignment(assignment, graph, config)
