@@ -33,7 +33,7 @@ class RunTable:
     """
 
     def __init__(self, name: str, store: RunStore, *, gamma: float = 1.0, poison: bool = False) -> None:
-        self.name, self._store, self._gamma, self._poison = name, store, gamma, poison
+        self.name, self.store, self._gamma, self._poison = name, store, gamma, poison
         self._fresh, self._past = 0, 1  # buffers
         self._versions = np.full((2, self.layout.num_chunks), NEVER, np.int64)
         self._written = np.zeros((2, self.layout.num_chunks), np.bool_)
@@ -41,7 +41,7 @@ class RunTable:
     @property
     def layout(self) -> RunLayout:
         """Shapes of what is pushed and pulled."""
-        return self._store.layout
+        return self.store.layout
 
     @property
     def versions(self) -> Versions:
@@ -51,7 +51,7 @@ class RunTable:
     def push(self, writer: int, rows: NDArray[Any], version: int) -> None:
         """Write the rows [num_sends(writer), width], grouped by reader, into `fresh`."""
         self.layout.values.check_rows(rows, self.layout.send_shape(writer), f"{self.name}: chunk {writer}")
-        self._store.write(self._fresh, writer, rows)
+        self.store.write(self._fresh, writer, rows)
         self._versions[0, writer], self._written[0, writer] = version, True
 
     def pull(self, reader: int, is_fresh: Bools, out: NDArray[Any], *, epoch: int, bound: int) -> None:
@@ -61,7 +61,7 @@ class RunTable:
         """
         self.layout.values.check_rows(out, self.layout.halo_shape(reader), f"{self.name}: chunk {reader}")
         self._check_ages(reader, is_fresh, epoch, bound)
-        self._store.read(self._buffers(is_fresh), reader, out)
+        self.store.read(self._buffers(is_fresh), reader, out)
 
     def prefetch(self, reader: int, is_fresh: Bools, *, epoch: int | None = None) -> None:
         """Start reading what `pull` of the same arguments will want; never changes what that returns.
@@ -69,31 +69,31 @@ class RunTable:
         With `epoch`, runs that their writers have yet to write in it are not read but kept when they are pushed.
         """
         pending = is_fresh & (self._versions[0] != epoch) if epoch is not None else np.zeros_like(is_fresh)
-        self._store.prefetch(self._buffers(is_fresh), reader, pending)
+        self.store.prefetch(self._buffers(is_fresh), reader, pending)
 
     def end_period(self, *, exact: bool = False) -> None:
         """Let fresh rows become past ones; `exact` rows replace them whatever the push mode.
 
         With a moving average, writers that wrote nothing keep their past rows, and first rows replace nothing.
         """
-        self._store.forget()
+        self.store.forget()
         if exact or self._gamma == 1:
             self._fresh, self._past = self._past, self._fresh
             self._versions[1], self._written[1] = self._versions[0], self._written[0]
         else:
             fresh, past = self._written
             shares = np.where(fresh, np.where(past, self._gamma, 1.0), 0.0)
-            self._store.blend(self._fresh, self._past, shares)
+            self.store.blend(self._fresh, self._past, shares)
             self._versions[1] = np.where(fresh, self._versions[0], self._versions[1])
             self._written[1] |= fresh
         self._versions[0], self._written[0] = NEVER, False
         if self._poison:
-            self._store.fill(self._fresh, POISON)
+            self.store.fill(self._fresh, POISON)
 
     def fill(self, version: int) -> None:
         """Make all past rows zeros of this version: a cold start."""
-        self._store.forget()
-        self._store.fill(self._past, 0)
+        self.store.forget()
+        self.store.fill(self._past, 0)
         self._versions[1], self._written[1] = version, True
 
     def max_age(self, epoch: int) -> int:
@@ -111,12 +111,12 @@ class RunTable:
 
         Bytes do not depend on where the table lies. Tables on disk are copied to a temporary file, not into memory.
         """
-        return _export(self._store, self._past, self._versions[1], self._written[1])
+        return _export(self.store, self._past, self._versions[1], self._written[1])
 
     def restore(self, arrays: Arrays) -> None:
         """Put past rows back, bit for bit. FormatError where they are those of another table."""
-        self._store.forget()
-        self._versions[1], self._written[1] = _restore(self.name, self._store, self._past, arrays)
+        self.store.forget()
+        self._versions[1], self._written[1] = _restore(self.name, self.store, self._past, arrays)
 
     def _buffers(self, is_fresh: Bools) -> Versions:
         return np.where(is_fresh, self._fresh, self._past)
@@ -145,14 +145,14 @@ class MessageTable:
     """
 
     def __init__(self, name: str, store: RunStore) -> None:
-        self.name, self._store = name, store
+        self.name, self.store = name, store
         self._versions = np.full(self.layout.num_chunks, NEVER, np.int64)
         self._written = np.zeros(self.layout.num_chunks, np.bool_)
 
     @property
     def layout(self) -> RunLayout:
         """Shapes of what is pushed and pulled; writers are sources here, and readers targets."""
-        return self._store.layout
+        return self.store.layout
 
     @property
     def versions(self) -> Versions:
@@ -162,13 +162,13 @@ class MessageTable:
     def push(self, source: int, rows: NDArray[Any], version: int) -> None:
         """Write the rows [num_halo(source), width], grouped by target."""
         self.layout.values.check_rows(rows, self.layout.send_shape(source), f"{self.name}: chunk {source}")
-        self._store.write(0, source, rows)
+        self.store.write(0, source, rows)
         self._versions[source], self._written[source] = version, True
 
     def pull(self, target: int, out: NDArray[Any]) -> Versions:
         """Fill `out` [num_sends(target), width] by source; zeros where a source never sent. Returns versions [K]."""
         self.layout.values.check_rows(out, self.layout.halo_shape(target), f"{self.name}: chunk {target}")
-        self._store.read(self._buffers(self._written), target, out)
+        self.store.read(self._buffers(self._written), target, out)
         return self.versions
 
     def prefetch(self, target: int, is_fresh: Bools | None = None, *, epoch: int | None = None) -> None:
@@ -176,16 +176,16 @@ class MessageTable:
         pending = np.zeros_like(self._written)
         if is_fresh is not None and epoch is not None:
             pending = is_fresh & (self._versions != epoch)
-        self._store.prefetch(self._buffers(self._written | pending), target, pending)
+        self.store.prefetch(self._buffers(self._written | pending), target, pending)
 
     def export(self) -> Arrays:
         """See `RunTable.export`."""
-        return _export(self._store, 0, self._versions, self._written)
+        return _export(self.store, 0, self._versions, self._written)
 
     def restore(self, arrays: Arrays) -> None:
         """See `RunTable.restore`."""
-        self._store.forget()
-        self._versions, self._written = _restore(self.name, self._store, 0, arrays)
+        self.store.forget()
+        self._versions, self._written = _restore(self.name, self.store, 0, arrays)
 
     def _buffers(self, readable: Bools) -> Versions:
         return np.where(readable, 0, -1)
@@ -195,28 +195,28 @@ class RowStore:
     """Own rows of every chunk: the input of a stage, which backward reads again."""
 
     def __init__(self, name: str, store: RunStore) -> None:
-        self.name, self._store = name, store
+        self.name, self.store = name, store
         self._written = np.zeros(store.layout.num_chunks, np.bool_)
 
     def write(self, chunk: int, rows: NDArray[Any]) -> None:
         """Store the rows [num_own(chunk), width]."""
-        layout = self._store.layout
+        layout = self.store.layout
         layout.values.check_rows(rows, layout.send_shape(chunk), f"{self.name}: chunk {chunk}")
-        self._store.write(0, chunk, rows)
+        self.store.write(0, chunk, rows)
         self._written[chunk] = True
 
     def read(self, chunk: int, out: NDArray[Any]) -> None:
         """Copy a chunk's rows to `out` [num_own(chunk), width]. StaleRead where nobody wrote them."""
-        layout = self._store.layout
+        layout = self.store.layout
         layout.values.check_rows(out, layout.halo_shape(chunk), f"{self.name}: chunk {chunk}")
         if not self._written[chunk]:
             raise StaleRead(f"{self.name}: rows of chunk {chunk} are read before they were written; fix the schedule")
-        self._store.read(np.zeros(layout.num_chunks, np.int64), chunk, out)
+        self.store.read(np.zeros(layout.num_chunks, np.int64), chunk, out)
 
     def prefetch(self, chunk: int) -> None:
         """Start reading a chunk's rows."""
-        num_chunks = self._store.layout.num_chunks
-        self._store.prefetch(np.zeros(num_chunks, np.int64), chunk, np.zeros(num_chunks, np.bool_))
+        num_chunks = self.store.layout.num_chunks
+        self.store.prefetch(np.zeros(num_chunks, np.int64), chunk, np.zeros(num_chunks, np.bool_))
 
 
 def _export(store: RunStore, buffer: int, versions: Versions, written: Bools) -> Arrays:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ _MAX_BUFFERS = 64
 _THREADS = 4
 _LOOK_S = 0.5  # how often a wait looks whether the threads are alive
 
+_T = TypeVar("_T")
 Piece = tuple[int, NDArray[np.uint8]]  # offset in the file, and the memory that goes there or comes from there
 
 
@@ -77,7 +78,7 @@ class IoThreads:
     def submit(
         self, file: DirectFile, pieces: Iterable[Piece], *, is_write: bool, then: Callable[[], None] | None = None
     ) -> Job:
-        """Queue transfers; `then` is called on an I/O thread when all are done. Until then, leave their memory alone."""
+        """Queue transfers; an I/O thread calls `then` when all are done. Until then, leave their memory alone."""
         job = Job(file=file, is_write=is_write, left=deque(pieces), then=then)
         num_bytes = sum(len(memory) for _, memory in job.left)
         if is_write:
@@ -104,11 +105,12 @@ class IoThreads:
                 self._check()
             self.counters.stall_s += time.perf_counter() - start
 
-    def change(self, action: Callable[[], None]) -> None:
+    def change(self, action: Callable[[], _T]) -> _T:
         """Do something under the lock that a wait may hang on."""
         with self._changed:
-            action()
+            result = action()
             self._changed.notify_all()
+            return result
 
     def wait(self, job: Job) -> None:
         """Wait for a job."""
@@ -127,6 +129,8 @@ class IoThreads:
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
+        if self._closed:
+            raise RuntimeError("the histories are used after they were closed; use them within open_history")
         dead = [thread.name for thread in self._threads if not thread.is_alive()]
         if dead:
             raise RuntimeError(f"I/O thread {dead[0]} ended without a word; report this bug")
@@ -196,6 +200,7 @@ class Buffers:
     num_bytes: int = 0
     prefetched: int = 0
     _free: list[NDArray[np.uint8]] = field(default_factory=list)
+    _next: NDArray[np.uint8] | None = None
 
     def fit(self, size: int, limit_bytes: int) -> None:
         """Let buffers have at least `size`; free ones that are smaller go."""
@@ -211,16 +216,16 @@ class Buffers:
 
     def take(self) -> NDArray[np.uint8]:
         """A buffer of unknown content; waits for one."""
-        self.io.wait_until(self._available)
-        return self._pop()
+        self.io.wait_until(self._reserve)
+        return self._reserved()
 
     def take_for_prefetch(self) -> NDArray[np.uint8] | None:
         """A buffer, or None where none is to be had now."""
         capacity = min(_MAX_BUFFERS, self.limit_bytes // max(1, self.size))
-        if self.prefetched >= capacity - MIN_BUFFERS or not self._available():
+        if self.prefetched >= capacity - MIN_BUFFERS or not self.io.change(self._reserve):
             return None
         self.prefetched += 1
-        return self._pop()
+        return self._reserved()
 
     def give(self, buffer: NDArray[np.uint8], *, prefetched: bool = False) -> None:
         """Return a buffer that nothing reads or writes any more."""
@@ -236,12 +241,20 @@ class Buffers:
 
         self.io.change(put)
 
-    def _available(self) -> bool:
-        can_make = self.num_bytes + self.size <= self.limit_bytes and self.num_bytes < _MAX_BUFFERS * self.size
-        return bool(self._free) or can_make
-
-    def _pop(self) -> NDArray[np.uint8]:
+    def _reserve(self) -> bool:
+        """Under the lock: whether there is a free buffer, or room for one more, which is then counted as made."""
         if self._free:
-            return self._free.pop()
+            self._next = self._free.pop()
+            return True
+        if self.num_bytes + self.size > min(self.limit_bytes, _MAX_BUFFERS * self.size):
+            return False
         self.num_bytes += self.size
-        return aligned_buffer(self.size)
+        return True
+
+    def _reserved(self) -> NDArray[np.uint8]:
+        buffer, self._next = self._next, None
+        if buffer is None:
+            buffer = aligned_buffer(self.size)[: self.size]
+            if self.poison:
+                buffer[:] = POISON
+        return buffer

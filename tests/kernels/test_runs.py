@@ -1,0 +1,39 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from penstock.kernels import reference_runs, runs
+
+NAMES = ["encode_bfloat16", "decode_bfloat16"]
+MODULES = [runs, reference_runs]
+EDGES = [0, 0x80000000, 1, 0x7F7FFFFF, 0x7F7F8000, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
+words = hnp.arrays(np.uint32, st.integers(0, 40), elements=st.integers(0, 2**32 - 1) | st.sampled_from(EDGES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_have_the_same_signature(name: str) -> None:
+    ours, twin = (inspect.signature(getattr(module, name)).parameters for module in MODULES)
+    assert list(ours) == list(twin)
+
+
+@given(bits=words, cut=st.integers(0, 40))
+def test_rounds_as_torch_does_and_equals_the_reference(bits: NDArray[np.uint32], cut: int) -> None:
+    lo, hi = min(cut, len(bits)) // 2, len(bits)
+    results = []
+    for module in MODULES:
+        rows, back = np.full(len(bits), 7, np.uint16), np.full(len(bits), 9, np.uint32)
+        module.encode_bfloat16(bits, rows, lo, hi)
+        module.decode_bfloat16(rows, back, lo, hi)
+        assert (rows[:lo] == 7).all() and (back[:lo] == 9).all()
+        results.append((rows, back))
+    for ours, twin in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, twin)
+    values, back = bits[lo:].view(np.float32), results[0][1][lo:].view(np.float32)
+    np.testing.assert_array_equal(back, torch.from_numpy(values).to(torch.bfloat16).float().numpy())
+    np.testing.assert_array_equal(np.isnan(back), np.isnan(values))
