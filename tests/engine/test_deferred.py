@@ -79,7 +79,7 @@ def test_the_collector_is_that_of_the_forward_pass_and_of_the_thread(weight: Ten
     assert outer.num_bytes and not inner.num_bytes
     second.sum().backward()  # type: ignore[no-untyped-call]
     assert inner.num_bytes and weight.grad is None
-    elsewhere[0].sum().backward()  # type: ignore[no-untyped-call]
+    elsewhere[0].sum().backward()
     assert weight.grad is not None
 
 

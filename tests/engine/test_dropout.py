@@ -73,7 +73,7 @@ def test_the_gradient_passes_where_the_value_did_and_nothing_is_stored() -> None
     block = make_block(torch.arange(5), 4)
     for call, rows in ((dropout, 5), (edge_dropout, 12)):
         x = values(rows, 7, dtype=torch.float64).requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, call=call: call(x, P, True, block), (x,))  # type: ignore[misc]
+        assert torch.autograd.gradcheck(lambda x, call=call: call(x, P, True, block), (x,))
         with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
             call(x, P, True, block)
 

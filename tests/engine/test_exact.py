@@ -30,6 +30,9 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "gcn"},
     {"kind": "gat", "heads": 2},
     {"kind": "gin"},
+    {"kind": "gcnii"},
+    {"kind": "resgcn"},
+    {"kind": "dagnn"},
     {"kind": "sage", "norm": "batch", "residual": True, "activation": "elu"},
 ]
 

@@ -9,7 +9,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("name", "needs"), [("custom_module", "torch"), ("dgl_layers", "dgl"), ("pyg_layers", "torch_geometric")]
+    ("name", "needs"),
+    [
+        ("custom_module", "torch"),
+        ("deep_custom_model", "torch"),
+        ("dgl_layers", "dgl"),
+        ("pyg_layers", "torch_geometric"),
+    ],
 )
 def test_examples_run_and_learn(name: str, needs: str, tmp_path: Path) -> None:
     pytest.importorskip(needs)

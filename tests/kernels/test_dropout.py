@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from penstock.kernels import dropout, reference_dropout
 from penstock.kernels.parallel import split
 
+MODULES: list[Any] = [dropout, reference_dropout]
 TWINS = ["epoch_key", "drop_nodes", "drop_edges"]
 WORDS = st.integers(0, 2**64 - 1)
 
@@ -24,13 +26,14 @@ def without_overflow_warnings() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_have_the_same_signature(name: str) -> None:
-    ours, twin = getattr(dropout, name), getattr(reference_dropout, name)
+    ours, twin = (getattr(module, name) for module in MODULES)
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(twin).parameters)
 
 
 @given(st.integers(0, 2**63), st.integers(0, 10_000))
 def test_epoch_keys_equal_the_reference(seed: int, epoch: int) -> None:
-    assert int(dropout.epoch_key(np.uint64(seed), np.uint64(epoch))) == reference_dropout.epoch_key(seed, epoch)
+    ours, twin = (module.epoch_key for module in MODULES)
+    assert int(ours(np.uint64(seed), np.uint64(epoch))) == twin(seed, epoch)
 
 
 @given(
@@ -44,8 +47,8 @@ def test_rows_of_nodes_equal_the_reference(
     x = np.random.default_rng(0).standard_normal((len(ids), width)).astype(dtype)
     outs = np.full_like(x, np.nan), np.full_like(x, np.nan)
     scale = dtype(65536 / (65536 - threshold))
-    dropout.drop_nodes(x, ids, np.uint64(key), layer, salt, threshold, scale, outs[0], 0, len(ids))
-    reference_dropout.drop_nodes(x, ids, key, layer, salt, threshold, scale, outs[1], 0, len(ids))
+    for module, word, out in zip(MODULES, (np.uint64(key), key), outs, strict=True):
+        module.drop_nodes(x, ids, word, layer, salt, threshold, scale, out, 0, len(ids))
     np.testing.assert_array_equal(*outs)
 
 
@@ -57,7 +60,7 @@ def test_rows_of_edges_equal_the_reference(key: int, threshold: int, counts: lis
     ids = generator.integers(0, 2**40, 6)
     x = generator.standard_normal((len(indices), heads)).astype(np.float32)
     outs = np.full_like(x, np.nan), np.full_like(x, np.nan)
-    for module, word, out in ((dropout, np.uint64(key), outs[0]), (reference_dropout, key, outs[1])):
+    for module, word, out in zip(MODULES, (np.uint64(key), key), outs, strict=True):
         module.drop_edges(x, indptr, indices, ids, word, 2, 0, threshold, np.float32(2), out, 0, len(counts))
     np.testing.assert_array_equal(*outs)
 

@@ -29,7 +29,6 @@ def test_slots_and_bubble_are_those_of_the_formula(
 def test_every_group_fills_the_pipeline_anew() -> None:
     layout = Layout(3, 1)
     planned = plan_epoch(layout, epoch=0, order=range(8), updates=2, gradient_mode="drop", recompute=False)
-    # the first stage goes on to the next group while no other does; the last stage's idle slots between are 2 (S - 1)
     assert count_slots(planned, layout) == 2 * 2 * (4 + 3 - 1)
 
 
