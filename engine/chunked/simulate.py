@@ -19,7 +19,8 @@ from penstock.engine.chunked.schedule import Action, EpochPlan, Kind
 class Costs:
     """What actions take; arrays are [ranks, K], in seconds or bytes per chunk.
 
-    `load_s` is what reading ahead does not hide, `backward_s` leaves out recomputing (forward again) and `weight_s`.
+    `load_s` is what reading ahead does not hide; `backward_s` leaves out `weight_s` and, where activations are
+    recomputed, `recompute_s`.
     `exchange_s` and `exchange_bytes` are among parts, once in FORWARD and once in BACKWARD. `wire_bytes` is what a SEND
     carries, `step_bytes` what a rank sends to sum weight gradients over parts. `activation_bytes` is what autograd
     keeps of a chunk, `input_bytes` the stage's input rows (kept to recompute from), `deferred_bytes` what a weight
@@ -30,6 +31,7 @@ class Costs:
     forward_s: NDArray[np.float64]
     backward_s: NDArray[np.float64]
     weight_s: NDArray[np.float64]
+    recompute_s: NDArray[np.float64]
     exchange_s: NDArray[np.float64]
     step_s: float
     latency_s: float
@@ -72,6 +74,7 @@ def uniform_costs(
         forward_s=np.full(shape, forward_s),
         backward_s=np.full(shape, backward_s),
         weight_s=np.full(shape, weight_s),
+        recompute_s=np.full(shape, forward_s),
         exchange_s=none,
         step_s=0.0,
         latency_s=0.0,
@@ -107,7 +110,7 @@ def _compute_s(plan: EpochPlan, costs: Costs, rank: int, action: Action, num_lay
         case Kind.FORWARD:
             return float(costs.forward_s[at])
         case Kind.BACKWARD:
-            return float(costs.backward_s[at] + plan.recompute * costs.forward_s[at])
+            return float(costs.backward_s[at] + plan.recompute * costs.recompute_s[at])
         case Kind.WEIGHT:
             return float(costs.weight_s[at])
         case Kind.STEP:
