@@ -178,7 +178,7 @@ HEADINGS = (
 
 
 def estimate_rows(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
-    """What `penstock plan --mode chunked` prints under `HEADINGS`: a row per choice; bytes per epoch, memory per rank."""
+    """What `penstock plan --mode chunked` prints under `HEADINGS`: bytes are per epoch, memory is per rank."""
     return [
         (
             choice.kind,

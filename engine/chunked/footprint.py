@@ -238,8 +238,9 @@ def split_costs(split: Split, facts: GraphFacts, model: ModelFacts, profile: Pro
         backward_s=backward,
         weight_s=by_unit(profile.weight_s, work),
         recompute_s=by_unit(profile.forward_s, work),
-        exchange_s=exchanged / profile.bytes_per_s + split.layers[:, None] * peers * profile.latency_s,
-        step_s=step_bytes / profile.bytes_per_s + peers * profile.latency_s,
+        # messages to all peers are under way at once: one latency per layer
+        exchange_s=exchanged / profile.bytes_per_s + split.layers[:, None] * min(1, peers) * profile.latency_s,
+        step_s=step_bytes / profile.bytes_per_s + min(1, peers) * profile.latency_s,
         latency_s=profile.latency_s,
         bytes_per_s=profile.bytes_per_s,
         wire_bytes=_bytes(np.outer(np.ones(layout.num_ranks), piece.own * model.state_bytes)),
