@@ -194,7 +194,8 @@ class StageCompute:
             logits = layered.leave(self.model, h, initial)
         value = loss_sum(logits.index_select(0, rows), labels) / (total * (labels.shape[1] if labels.ndim == 2 else 1))
         value.backward()  # type: ignore[no-untyped-call]
-        return float(value.detach().double()), h.grad, None if initial is None else initial.grad
+        grad = torch.zeros_like(h) if h.grad is None else h.grad  # a head may read the initial rows alone
+        return float(value.detach().double()), grad, None if initial is None else initial.grad
 
     def backward(
         self, chunk: int, tape: Tape, epoch: int, grad: Tensor | None, grad_initial: Tensor | None
