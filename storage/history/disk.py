@@ -71,7 +71,7 @@ class DiskStore:
 
     def write(self, buffer: int, writer: int, rows: NDArray[Any]) -> None:
         """See `RunStore`."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         layout, memory = self.layout, self._disk.buffers.take()
         self._writes[buffer, writer] += 1
         pieces: list[Piece] = []
@@ -85,6 +85,10 @@ class DiskStore:
             at += len(run)
         self._queue_write(pieces, memory)
 
+    def _check(self) -> None:
+        self._disk.io.check()
+        check_size(self.path, self.num_bytes)
+
     def _hand_over(self, buffer: int, writer: int, reader: int, run: NDArray[np.uint8]) -> None:
         """Give a run to the reader that waits for it; not to one that has its old rows, which will read it again."""
         request = self._requests.get(reader)
@@ -95,7 +99,7 @@ class DiskStore:
 
     def read(self, buffers: NDArray[np.int64], reader: int, out: NDArray[Any]) -> None:
         """See `RunStore`."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         request = self._requests.pop(reader, None)
         if request is None or request.memory is None:
             if request is not None:
@@ -124,7 +128,7 @@ class DiskStore:
 
     def fill(self, buffer: int, byte: int) -> None:
         """See `RunStore`."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         if byte == 0 and not self._writes[buffer].any():
             return
         self._writes[buffer] += 1
@@ -136,7 +140,7 @@ class DiskStore:
 
     def blend(self, source: int, target: int, shares: NDArray[np.float64]) -> None:
         """See `RunStore`."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         self._writes[target] += 1
         for reader in np.flatnonzero(self.layout.region_bytes).tolist():
             fresh, past = (self._read_region(buffer, reader) for buffer in (source, target))
@@ -148,7 +152,7 @@ class DiskStore:
 
     def snapshot(self, buffer: int) -> NDArray[Any]:
         """See `RunStore`: a temporary file, mapped; it is gone when the array is."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         dtype, num_values = self.layout.values.array_dtype, int(self.layout.sizes.sum()) * self.layout.width
         if not num_values:
             return np.empty(0, dtype)
@@ -166,7 +170,7 @@ class DiskStore:
 
     def restore(self, buffer: int, stored: NDArray[Any]) -> None:
         """See `RunStore`."""
-        check_size(self.path, self.num_bytes)
+        self._check()
         self._writes[buffer] += 1
         at = 0
         for reader in np.flatnonzero(self.layout.region_bytes).tolist():

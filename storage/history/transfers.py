@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 Piece = tuple[int, NDArray[np.uint8]]  # offset in the file, and the memory that goes there or comes from there
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """Transfers of one file that were queued together."""
 
@@ -86,7 +86,7 @@ class IoThreads:
         else:
             self.counters.read_bytes += num_bytes
         with self._changed:
-            self._check()
+            self.check()
             if job.left:
                 self._start_threads()
                 self._jobs.append(job)
@@ -98,11 +98,11 @@ class IoThreads:
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready`, which is asked under the lock whenever something changed; counted as a stall."""
         with self._changed:
-            self._check()
+            self.check()
             start = time.perf_counter()
             while not ready():
                 self._changed.wait(_LOOK_S)
-                self._check()
+                self.check()
             self.counters.stall_s += time.perf_counter() - start
 
     def change(self, action: Callable[[], _T]) -> _T:
@@ -126,7 +126,8 @@ class IoThreads:
             self._threads.append(thread)
             thread.start()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what went wrong on a thread, if something did."""
         if self._error is not None:
             raise self._error
         if self._closed:
