@@ -32,11 +32,13 @@ class RankFailed(RuntimeError):
 class Backend(Protocol):
     """Ranks that wait for calls; a context manager that ends them behind it."""
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None) -> list[Any]:
+    def call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
+    ) -> list[Any]:
         """Call `Rank.<method>(*arguments[rank])` on every rank at once (no arguments: none) and wait for all answers.
 
-        `poll` is called every 50 ms meanwhile, in this thread; what it raises ends the wait. The first error wins: errors
-        of a rank's own are raised as they are (ValueError, DoesNotFit, ...), a rank that died or lost a peer as
+        `poll` is called every 50 ms meanwhile, in this thread; what it raises ends the wait. The first error wins:
+        errors of a rank's own are raised as they are (ValueError, DoesNotFit, ...), a rank that died or lost a peer as
         RankFailed with its number. After an error the backend can only be left.
         """
 
@@ -48,6 +50,7 @@ class Board:
     """How far every rank is, in a file that all of them map: `done` and `total` actions, and when (ns, monotonic)."""
 
     def __init__(self, path: Path, num_ranks: int) -> None:
+        self.path = path.absolute()
         if not path.is_file() or path.stat().st_size != num_ranks * 24:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(bytes(num_ranks * 24))
@@ -81,9 +84,12 @@ def open_board(specs: Sequence[RankSpec]) -> Board:
 
 
 def raise_first(errors: Sequence[tuple[int, BaseException]]) -> None:
-    """Raise the error that explains the others: one of a rank's own before one that only lost a peer."""
-    own = [(rank, error) for rank, error in errors if not isinstance(error, PeerLost | RankFailed)]
-    rank, error = (own or list(errors))[0]
+    """Raise the error that explains the others: a rank's own, else that one died, else that one lost a peer."""
+
+    def blame(found: tuple[int, BaseException]) -> int:
+        return 2 if isinstance(found[1], PeerLost) else 1 if isinstance(found[1], RankFailed) else 0
+
+    rank, error = min(errors, key=blame)
     with contextlib.suppress(AttributeError):
         error.add_note(f"in rank {rank}")
     if isinstance(error, PeerLost):

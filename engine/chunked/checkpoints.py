@@ -1,7 +1,8 @@
 """Checkpoints of full-graph training: every rank writes its shard, then the driver publishes them all at once.
 
-A checkpoint is a folder `step-000000012` (12 epochs done) with the shards (see `shards`) and `state.json`, written last,
-which names size and checksum of every file. It is made under a temporary name, so a folder of that name is complete.
+A checkpoint is a folder `step-000000012` (12 epochs done) with the shards (see `shards`) and `state.json`, written
+last, which names size and checksum of every file. It is made under a temporary name, so a folder of that name is
+complete.
 """
 
 import logging

@@ -13,13 +13,13 @@ GNNPIPE_PERIOD = 23  # epochs; REVERSE_PERIOD in the authors' code
 class ChunkedConfig(BaseModel):
     """Full-graph training over `chunks`, in `stages` times `parts` ranks.
 
-    `gradient_mode` says what backward sees of chunks that it has not done yet: last epoch's gradients (`stale`), nothing
-    (`surrogate`), nothing but twice what it has done (`gnnpipe`), `mix_beta` times last epoch's (`mix`), or no gradient from
-    any other chunk (`drop`), which alone allows several `updates_per_epoch`. Histories start `exact` or `zero`, stay as they
-    are for `history_period` epochs, and are made exact every `refresh_every` epochs (0: never). `gnnpipe` starts from
-    zero and keeps histories for 23 epochs unless told otherwise. `cycle_orders` distinct chunk orders are cycled.
-    `light` checkpoints have no histories and start from exact ones. `devices` (ranks in all) lets the planner choose
-    stages and parts. A rank whose peer is silent for `timeout_s` fails.
+    `gradient_mode` says what backward sees of chunks that it has not done yet: last epoch's gradients (`stale`),
+    nothing (`surrogate`), nothing but twice what it has done (`gnnpipe`), `mix_beta` times last epoch's (`mix`), or no
+    gradient from any other chunk (`drop`), which alone allows several `updates_per_epoch`. Histories start `exact` or
+    `zero`, stay as they are for `history_period` epochs, and are made exact every `refresh_every` epochs (0: never).
+    `gnnpipe` starts from zero and keeps histories for 23 epochs unless told otherwise. `cycle_orders` distinct chunk
+    orders are cycled. `light` checkpoints have no histories and start from exact ones. `devices` (ranks in all) lets
+    the planner choose stages and parts. A rank whose peer is silent for `timeout_s` fails.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,8 +52,8 @@ class ChunkedConfig(BaseModel):
     def _is_consistent(self) -> "ChunkedConfig":
         if self.updates_per_epoch > 1 and self.gradient_mode != "drop":
             raise ValueError(
-                f"updates_per_epoch={self.updates_per_epoch} with gradient_mode={self.gradient_mode}: gradients between "
-                "chunks need one set of weights per epoch; use gradient_mode drop, or one update"
+                f"updates_per_epoch={self.updates_per_epoch} with gradient_mode={self.gradient_mode}: gradients "
+                "between chunks need one set of weights per epoch; use gradient_mode drop, or one update"
             )
         if self.updates_per_epoch > self.chunks:
             raise ValueError(f"updates_per_epoch={self.updates_per_epoch} exceeds chunks={self.chunks}; lower it")

@@ -5,8 +5,8 @@ from a short profile; the fastest that fits the memory of a rank is picked. `foo
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.footprint import (
@@ -52,6 +52,10 @@ class Choice:
     history_bytes: int
     fits: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """As `plan.json` has it; units as pairs of first and past-the-last."""
+        return {**asdict(self), "units": [[unit.start, unit.stop] for unit in self.units]}
+
 
 def name_split(stages: int, parts: int) -> Parallelism:
     """What a grid of ranks is called."""
@@ -82,7 +86,7 @@ def _options(config: ChunkedConfig) -> Iterator[tuple[bool, bool]]:
             yield again, memory
 
 
-def _choose(
+def choose_split(
     layout: Layout, facts: GraphFacts, model: ModelFacts, profile: Profile, config: ChunkedConfig, memory_bytes: int
 ) -> Choice:
     """The first option of a split that fits, else the one that needs least."""
@@ -137,8 +141,8 @@ def compare_splits(
             continue
         layout = Layout(stages, parts)
         if stages == 1 and parts > 1 and facts.num_chunks > 1:
-            choices.append(_choose(layout, facts.in_one_chunk(), model, profile, config, memory_bytes))
-        choices.append(_choose(layout, facts, model, profile, config, memory_bytes))
+            choices.append(choose_split(layout, facts.in_one_chunk(), model, profile, config, memory_bytes))
+        choices.append(choose_split(layout, facts, model, profile, config, memory_bytes))
     return tuple(choices)
 
 

@@ -1,8 +1,8 @@
 """The exact pass: every hidden layer over all chunks before the next, in evaluation mode.
 
-It fills histories before training (GAS, Fey et al., ICML 2021, does the same), makes them exact again when asked, measures
-how far they were off, and scores the splits. It computes in the tables' `fresh` buffers, which hold nothing between
-epochs, so histories change only where the caller ends a period after it.
+It fills histories before training (GAS, Fey et al., ICML 2021, does the same), makes them exact again when asked,
+measures how far they were off, and scores the splits. It computes in the tables' `fresh` buffers, which hold nothing
+between epochs, so histories change only where the caller ends a period after it.
 """
 
 from collections.abc import Mapping

@@ -38,7 +38,7 @@ class MirrorExchange:
         own = slab[: data.num_own]
         if self.is_alone:
             return own
-        mirrors = slab[data.num_own :].split(list(data.mirror_counts))
+        mirrors = torch.split(slab[data.num_own :], list(data.mirror_counts))
         for part, rank in self._peers():
             self._transport.expect(rank, "halo", (len(data.wire_rows[part]), slab.shape[1]), slab.dtype)
         for part, rank in self._peers():

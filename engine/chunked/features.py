@@ -142,9 +142,7 @@ def open_features(
     if spec.kind == "memory":
         yield MemoryFeatures(graph, part, halo=halo, dtype=dtype, device=device)
         return
-    packs = PackFeatures(
-        spec, graph, part, host_memory=host_memory, threads=threads, dtype=dtype, device=device
-    )
+    packs = PackFeatures(spec, graph, part, host_memory=host_memory, threads=threads, dtype=dtype, device=device)
     try:
         yield packs
     finally:

@@ -21,7 +21,7 @@ class _Called:
 
     def __enter__(self) -> "_Called":
         self._hooks = [
-            module.register_forward_pre_hook(lambda _, __, name=name: self.names.add(name))  # type: ignore[misc]
+            module.register_forward_pre_hook(lambda _, __, name=name: self.names.add(name))
             for name, module in self._model.named_modules()
         ]
         return self

@@ -15,24 +15,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from penstock.engine import layered
 from penstock.engine.chunked import shards
-from penstock.engine.chunked.blocks import ChunkTargets, load_chunk, train_counts
+from penstock.engine.chunked.assemble import assemble
 from penstock.engine.chunked.exactpass import ExactPass
-from penstock.engine.chunked.exchange import MirrorExchange
-from penstock.engine.chunked.features import FeatureSource, open_features
-from penstock.engine.chunked.ownership import hidden_layers, hidden_width, owned_names, unit_tensors
 from penstock.engine.chunked.schedule import Action, EpochPlan, Kind
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
-from penstock.engine.chunked.stage import Position, StageCompute, Tape, join_state, split_state
-from penstock.engine.chunked.transport import Channel, Transport, gather_all
+from penstock.engine.chunked.stage import Position, Tape, join_state, split_state
+from penstock.engine.chunked.transport import Channel, Transport
 from penstock.engine.dropout import epoch_key
 from penstock.engine.models import build_model
-from penstock.engine.optim import build_optimizer, set_learning_rate
 from penstock.storage.budget import peak_rss_bytes
-from penstock.storage.chunks import open_chunks
 from penstock.storage.graph import Split, open_graph
-from penstock.storage.history import HistoryConfig, HistorySet, open_history
 
 _POSTED = 2  # receives under way per lane
 Heartbeat = Callable[[int, int], None]
@@ -50,36 +43,15 @@ class Rank:
     ) -> None:
         self.spec, self.model = spec, model
         self._transport, self._heartbeat = transport, heartbeat
-        self._graph = open_graph(spec.graph)
-        store = open_chunks(spec.chunks)
-        layout, device = spec.layout, torch.device(spec.device)
-        self._stage, part_index = layout.stage_of(spec.rank), layout.part_of(spec.rank)
+        layout, graph = spec.layout, open_graph(spec.graph)
         self._prev, self._next = layout.prev_rank(spec.rank), layout.next_rank(spec.rank)
-        self._part = store.part(part_index)
-        self._totals = train_counts(self._graph, [store.part(w) for w in range(layout.parts)])
-        units = unit_tensors(model, self._graph.meta.num_features)
-        self.owned = owned_names(units, spec.units)[self._stage]
-        self._parameters = [p for name, p in model.named_parameters() if name in self.owned]
-        self.optimizer = build_optimizer(self._parameters, spec.train) if self._parameters else None
-        self._width = hidden_width(model, self._graph.meta.num_features)
-        self._has_initial = layered.uses_initial(model)
-        self._sizes = np.array([self._part.chunk(c).num_own for c in range(self._part.num_chunks)])
-        self._history = self._open_history(stack)
-        self._compute = self._make_compute(device)
-        self._features: FeatureSource | None = None
-        if spec.first_unit == 0:
-            self._features = stack.enter_context(
-                open_features(
-                    spec.features,
-                    self._graph,
-                    self._part,
-                    halo=layered.first_hidden(model) == 1,
-                    host_memory=spec.feed_memory,
-                    threads=spec.threads,
-                    dtype=spec.torch_dtype,
-                    device=device,
-                )
-            )
+        self._num_classes = graph.meta.num_classes
+        parts = assemble(spec, graph, transport, model, stack)
+        self.owned, self.steps = parts.owned, parts.steps
+        self._compute, self._history, self._features = parts.compute, parts.history, parts.features
+        self._entries, self._scratch = parts.entries, parts.scratch
+        self._width, self._state_width = parts.width, parts.state_width
+        self._sizes, self._totals = parts.own_sizes, parts.train_counts
         self._best: dict[str, Tensor] = {}
         self._tapes: dict[int, Tape] = {}
         self._states: dict[tuple[str, int], Tensor] = {}  # received, by phase and chunk
@@ -89,52 +61,6 @@ class Rank:
         self._position_of: dict[int, int] = {}
         self._loss = 0.0
         self._exact: ExactPass | None = None
-
-    def _open_history(self, stack: ExitStack) -> HistorySet:
-        spec = self.spec
-        config = HistoryConfig(
-            storage=spec.chunked.history_storage,
-            dtype="float64" if spec.dtype == "float64" else spec.chunked.history_dtype,
-            push=spec.chunked.push,
-            ema_gamma=spec.chunked.ema_gamma,
-            poison=spec.poison,
-        )
-        folder = spec.scratch / f"rank-{spec.rank:03d}"
-        return stack.enter_context(
-            open_history(folder, self._part.run_sizes, self._sizes, config=config, memory=spec.history_memory)
-        )
-
-    def _make_compute(self, device: torch.device) -> StageCompute:
-        spec, history, width = self.spec, self._history, self._width
-        layers = hidden_layers(self.model)
-        # unit 0 is `enter`, unit n the n-th hidden layer
-        hidden = range(layers.start + max(0, spec.first_unit - 1), layers.start + spec.last_unit - 1)
-        self._state_width = width * (2 if self._has_initial else 1)
-        exchange = MirrorExchange(
-            self._transport, [spec.layout.rank(part, self._stage) for part in range(spec.layout.parts)]
-        )
-        sends_gradients = any(spec.chunked.message_weights()) or not exchange.is_alone
-        histories = {layer: history.run_table(f"history-{layer}", width) for layer in hidden}
-        messages = {layer: history.message_table(f"messages-{layer}", width) for layer in hidden if sends_gradients}
-        self._entries = history.row_store("entries", self._state_width) if spec.recompute and self._prev is not None else None
-        self._scratch = (history.row_store("exact-0", self._state_width), history.row_store("exact-1", self._state_width))
-        leaves = self._next is None
-        targets = ChunkTargets(self._graph, self._part, device, spec.torch_dtype) if leaves else None
-        return StageCompute(
-            self.model,
-            [load_chunk(self._part.chunk(c), device) for c in range(self._part.num_chunks)],
-            hidden=hidden,
-            enters=spec.first_unit == 0,
-            leaves=leaves,
-            histories=histories,
-            messages=messages,
-            message_weights=spec.chunked.message_weights(),
-            staleness_bound=spec.chunked.staleness_bound,
-            exchange=exchange,
-            targets=targets,
-            dtype=spec.torch_dtype,
-            device=device,
-        )
 
     def train_epoch(self, plan: EpochPlan, rates: tuple[float, ...]) -> RankReport:
         """Carry out an epoch; `rates` are the learning rates of its steps. Raises PeerLost, StaleRead, ValueError."""
@@ -238,9 +164,7 @@ class Rank:
         if self._entries is not None:
             self._entries.write(chunk, self._states["forward", chunk].cpu().numpy())
         entry, initial = self._entry("forward", chunk)
-        tape, out, out_initial = self._compute.forward(
-            chunk, self._position(chunk), entry, initial, keep=not recompute
-        )
+        tape, out, out_initial = self._compute.forward(chunk, self._position(chunk), entry, initial, keep=not recompute)
         self._prefetch_after(chunk)
         if tape is not None:
             self._tapes[chunk] = tape
@@ -277,7 +201,7 @@ class Rank:
         self._tapes[chunk] = tape
         tape.steps.clear()
         if self._prev is not None:
-            if self._has_initial and found_initial is None:
+            if self._state_width != self._width and found_initial is None:
                 found_initial = torch.zeros_like(found)
             self._outgoing[chunk] = join_state(found, found_initial)
 
@@ -298,45 +222,7 @@ class Rank:
         self._tapes.pop(action.chunk).weights.flush()
 
     def _step(self, action: Action) -> None:
-        peers = [self.spec.layout.rank(part, self._stage) for part in range(self.spec.layout.parts)]
-        with torch.no_grad():
-            if len(peers) > 1 and self._parameters:
-                self._sum_gradients(peers)
-            if self.spec.train.grad_clip is not None:
-                self._clip(self.spec.train.grad_clip)
-        if self.optimizer is not None:
-            set_learning_rate(self.optimizer, self._rates[action.group])
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=False)
-
-    def _sum_gradients(self, peers: list[int]) -> None:
-        """Add the parts' gradients in part order, so that all parts step to the same bits."""
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.reshape(-1) for p in self._parameters if p.grad is not None])
-        total = torch.zeros_like(flat)
-        for part in gather_all(self._transport, peers, flat):
-            total += part
-        at = 0
-        for parameter in self._parameters:
-            assert parameter.grad is not None
-            parameter.grad.copy_(total[at : at + parameter.numel()].view_as(parameter))
-            at += parameter.numel()
-
-    def _clip(self, limit: float) -> None:
-        """Scale by the norm over all stages, summed per parameter in the model's order: the same bits for any S."""
-        squares = torch.zeros(len(list(self.model.parameters())), dtype=torch.float64)
-        for n, (name, parameter) in enumerate(self.model.named_parameters()):
-            if name in self.owned and parameter.grad is not None:
-                squares[n] = parameter.grad.double().square().sum().cpu()
-        part = self.spec.layout.part_of(self.spec.rank)
-        stages = [self.spec.layout.rank(part, stage) for stage in range(self.spec.layout.stages)]
-        total = torch.stack(gather_all(self._transport, stages, squares)).sum(0).sum().sqrt()
-        scale = min(1.0, limit / (float(total) + 1e-6))
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        self.steps.step(self._rates[action.group])
 
     def exact_pass(
         self, plan: EpochPlan, keep: bool, splits: tuple[Split, ...], sampled_chunk: int | None
@@ -352,7 +238,7 @@ class Rank:
             self._scratch,
             width=self._width,
             epoch=plan.epoch,
-            num_classes=self._graph.meta.num_classes,
+            num_classes=self._num_classes,
             splits=splits,
             sampled_chunk=sampled_chunk,
         )
@@ -403,6 +289,11 @@ class Rank:
     def load(self, folder: Path, with_histories: bool) -> None:
         """Take from a checkpoint what this rank owns, whatever ranks wrote it."""
         shards.load_shards(self, folder, with_histories)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer of the stage's parameters; None where it has none."""
+        return self.steps.optimizer
 
     @property
     def best(self) -> dict[str, Tensor]:

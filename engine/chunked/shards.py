@@ -2,11 +2,12 @@
 
 | file | holds | written by |
 |---|---|---|
-| `stage-000.safetensors` | `model/<name>`, `optimizer/<name>/<state>`, `best/<name>` of a stage | part 0 |
+| `stage-000.safetensors` | tensors `model/<name>`, `optimizer/<name>/<state>`, `best/<name>` | part 0 |
 | `history-3.part-000.<array>.npy` | arrays of one layer's table, as `RunTable.export` gives them | the rank that has it |
 | `messages-3.part-000.<array>.npy` | likewise, of gradients | the same |
 
-Histories belong to one cut of the graph: they are read again only with the same chunks and parts, by any number of stages.
+Histories belong to one cut of the graph: they are read again only with the same chunks and parts, by any number
+of stages.
 """
 
 import os
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock.storage.errors import FormatError, full_disk_is_clear
 from penstock.storage.npyfile import NpyWriter, open_npy
@@ -40,10 +41,6 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) 
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def save_shard(rank: "Rank", folder: Path) -> Entries:
         tensors = {f"model/{name}": tensor for name, tensor in rank.weights(False).items()}
         tensors |= {f"best/{name}": tensor for name, tensor in rank.best.items()}
         if rank.optimizer is not None:
-            found = _optimizer_tensors(rank.optimizer, _names(rank.model))
+            found = _optimizer_tensors(rank.optimizer, rank.steps.names)
             tensors |= {f"optimizer/{name}": tensor for name, tensor in found.items()}
         name = f"stage-{rank.spec.layout.stage_of(rank.spec.rank):03d}.safetensors"
         entries[name] = _write_tensors(folder / name, tensors)
@@ -121,7 +118,7 @@ def load_shards(rank: "Rank", folder: Path, with_histories: bool) -> None:
 def _restore_optimizer(rank: "Rank", tensors: dict[str, Tensor]) -> None:
     assert rank.optimizer is not None
     ordered = [parameter for group in rank.optimizer.param_groups for parameter in group["params"]]
-    names = _names(rank.model)
+    names = rank.steps.names
     state: dict[int, dict[str, Tensor]] = {}
     for number, parameter in enumerate(ordered):
         prefix = f"{names[id(parameter)]}/"

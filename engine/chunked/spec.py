@@ -19,7 +19,8 @@ from penstock.storage.graph import Split
 class FeatureSpec:
     """Where stage 0 of one part reads features from: all of its rows in memory, or packs.
 
-    `packs` have the chunks of `cycle_orders` epochs in the order in which they are loaded, `exact_packs` all chunks in order.
+    `packs` have the chunks of `cycle_orders` epochs in the order in which they are loaded, `exact_packs`
+    all chunks in order.
     """
 
     kind: Literal["memory", "packs"]
@@ -33,7 +34,8 @@ class FeatureSpec:
 class RankSpec:
     """One rank of a run. `units` are those of every stage: 0 is what reads features, then one per hidden layer.
 
-    `history_memory` and `feed_memory` are bytes for this rank. `weights` is a safetensors file that all ranks start from.
+    `history_memory` and `feed_memory` are bytes for this rank. `weights` is a safetensors file that all ranks start
+    from.
     """
 
     rank: int
@@ -101,7 +103,8 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExactReport:
-    """What a rank found in an exact pass: counts by split (last stage only), and how far histories were off by layer."""
+    """What a rank found in an exact pass: counts by split (last stage only), and how far histories were off by
+    layer."""
 
     rank: int
     counts: dict[Split, dict[str, Any]]

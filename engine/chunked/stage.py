@@ -1,10 +1,10 @@
 """Compute a stage's layers on a chunk, forward and backward, with rows and gradients of other chunks from tables.
 
-Forward, layer by layer: the chunk's rows are pushed to those chunks that read them, and the rows that it reads are pulled,
-fresh from chunks that came earlier in the epoch's order, historical from the others. Backward breaks the graph at every
-layer: the gradient of a layer's source rows is kept for the chunk's own rows and pushed as messages to the chunks that the
-other rows came from; what other chunks pushed to this one is pulled and added. With only fresh messages this is the
-exact gradient of the forward pass with histories held constant.
+Forward, layer by layer: the chunk's rows are pushed to those chunks that read them, and the rows that it reads are
+pulled, fresh from chunks that came earlier in the epoch's order, historical from the others. Backward breaks the graph
+at every layer: the gradient of a layer's source rows is kept for the chunk's own rows and pushed as messages to the
+chunks that the other rows came from; what other chunks pushed to this one is pulled and added. With only fresh messages
+this is the exact gradient of the forward pass with histories held constant.
 
 Letters: H width of hidden rows, `own` rows of the chunk, `halo` rows that it reads, `slab` own rows and mirrors.
 """

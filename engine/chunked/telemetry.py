@@ -2,7 +2,7 @@
 
 | number | is |
 |---|---|
-| `bubble` | share of the ranks' time in which they neither computed nor moved anything: waiting for rows of another stage |
+| `bubble` | share of the ranks' time in which they waited for rows of another stage |
 | `imbalance` | the busiest rank's time over the mean, less 1 |
 | `sent_bytes`, `wait_s` | between ranks, and the longest that a rank waited for others |
 | `row_age_mean`, `row_age_max` | epochs since historical rows were computed, as they are read |

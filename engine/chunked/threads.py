@@ -23,7 +23,9 @@ class ThreadBackend:
         self.inboxes: list[queue.SimpleQueue[_Call | None]] = [queue.SimpleQueue() for _ in range(num_ranks)]
         self.answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None) -> list[Any]:
+    def call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
+    ) -> list[Any]:
         """See Backend."""
         for rank, inbox in enumerate(self.inboxes):
             inbox.put((method, arguments[rank] if arguments else ()))
@@ -84,5 +86,3 @@ def open_threads(specs: Sequence[RankSpec]) -> Iterator[ThreadBackend]:
             inbox.put(None)
         for thread in threads:
             thread.join()
-
-

@@ -1,8 +1,8 @@
 """Drive the ranks of full-graph training: epochs, exact passes, evaluation, checkpoints, and what is written down.
 
-The driver holds no tensor but the final weights. Every epoch is planned and proven sound before any rank sees it. A rerun
-continues from the newest checkpoint: `full` ones have histories and continue to the same bits with the same chunks and
-parts; others, `light` ones among them, start from exact histories.
+The driver holds no tensor but the final weights. Every epoch is planned and proven sound before any rank sees it. A
+rerun continues from the newest checkpoint: `full` ones have histories and continue to the same bits with the same
+chunks and parts; others, `light` ones among them, start from exact histories.
 """
 
 import logging
@@ -113,7 +113,8 @@ class ChunkedTrainer:
         self._plan: EpochPlan | None = None
 
     def run(self, *, resume: bool = True) -> ChunkedResult:
-        """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when asked.
+        """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when
+        asked.
 
         RankFailed where a rank died, ValueError for a loss that is not finite or a checkpoint of another run.
         """
@@ -228,7 +229,9 @@ class ChunkedTrainer:
             self._judge(epochs, found, last)
         record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
-        errors = {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
+        errors = (
+            {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
+        )
         self._metrics.write({"step": epochs, "epoch": epochs, "train_loss": loss, **values, **errors, **record})
         self._progress("train", epochs, train.epochs, "epochs", loss=loss)
         self._save_if_due()
@@ -236,7 +239,9 @@ class ChunkedTrainer:
     def _judge(self, epoch: int, found: Mapping[Split, Metrics], last: bool) -> None:
         state, train = self.state, self.train
         if not all(math.isfinite(m.loss) for m in found.values()):
-            raise ValueError(f"an evaluation loss is not finite after epoch {epoch}: {dict(found)}; lower lr={train.lr}")
+            raise ValueError(
+                f"an evaluation loss is not finite after epoch {epoch}: {dict(found)}; lower lr={train.lr}"
+            )
         state.evaluations.append({"epoch": epoch, **{split: m.to_json() for split, m in found.items()}})
         if "valid" not in found:
             return

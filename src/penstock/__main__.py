@@ -42,8 +42,10 @@ class RunOptions:
     "Neighbours per layer, input side first, seeds last (DGL order): 10,15,20; -1 takes all."
     batch_size: int | None = None
     "Seeds per item."
-    model: Literal["sage", "gcn", "gat", "gin", "custom"] | None = None
+    model: Literal["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn", "custom"] | None = None
     "Kind of layers."
+    layers: int | None = None
+    "Number of layers of full-graph training; sampled training has one per fanout."
     hidden: int | None = None
     "Width of the hidden layers."
     epochs: int | None = None
@@ -56,8 +58,22 @@ class RunOptions:
     "cpu or cuda."
     threads: int | None = None
     "Threads for sampling, packing and compute. Default: the cores this process may use."
-    mode: Literal["auto", "reuse", "rolling"] | None = None
-    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer."
+    mode: Literal["sampled", "chunked"] | None = None
+    "Train on sampled mini-batches, or on the whole graph in chunks, with layers in a pipeline. Default: sampled."
+    chunks: int | None = None
+    "Chunks of the whole graph (chunked). Default: 32."
+    stages: int | None = None
+    "Stages that the layers are split into (chunked). Default: 1."
+    parts: int | None = None
+    "Parts that the nodes are split into (chunked). Default: 1."
+    devices: int | None = None
+    "Ranks in all; stages and parts are then chosen by predicted time (chunked)."
+    backend: Literal["threads", "processes", "ray"] | None = None
+    "What ranks are (chunked). Default: threads."
+    gradient_mode: Literal["stale", "surrogate", "gnnpipe", "drop", "mix"] | None = None
+    "Gradients between chunks (chunked). Default: stale."
+    pack_mode: Literal["auto", "reuse", "rolling"] | None = None
+    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer (sampled)."
     policy: Literal["belady", "static", "none"] | None = None
     "Who sits in the host tier."
     result_json: Path | None = None
@@ -86,9 +102,17 @@ class RunOptions:
             "sampler.fanouts": fanouts,
             "sampler.batch_size": self.batch_size,
             "sampler.seed": self.seed,
-            "plan.mode": self.mode,
+            "mode": self.mode,
+            "chunked.chunks": self.chunks,
+            "chunked.stages": self.stages,
+            "chunked.parts": self.parts,
+            "chunked.devices": self.devices,
+            "chunked.backend": self.backend,
+            "chunked.gradient_mode": self.gradient_mode,
+            "plan.mode": self.pack_mode,
             "plan.policy": self.policy,
             "model.kind": self.model,
+            "model.num_layers": self.layers,
             "model.hidden": self.hidden,
             "train.epochs": self.epochs,
             "train.lr": self.lr,
@@ -276,8 +300,9 @@ def doctor(directory: Path = Path("."), *, json: bool = False) -> None:
 
 @app.command
 def bench(
-    name: Literal["sample", "pack", "feed", "epoch", "kernels"],
+    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline"],
     *,
+    out_of_core: bool = False,
     scale: float = 1.0,
     repeats: int = 5,
     directory: Path | None = None,
@@ -288,6 +313,7 @@ def bench(
 
     Args:
         name: What to measure.
+        out_of_core: Of `bench pipeline`, the case whose histories do not fit in memory, and no other.
         scale: Size of the graph, 1 is that of the published results; 0.1 takes under a minute.
         repeats: Interleaved repeats; medians are compared.
         directory: Folder for the graph and packs; default: a temporary one.
@@ -296,7 +322,9 @@ def bench(
     """
     from penstock.benchmarks.run import run_bench
 
-    run_bench(name, scale=scale, repeats=repeats, directory=directory, device=device, as_json=json)
+    run_bench(
+        name, out_of_core=out_of_core, scale=scale, repeats=repeats, directory=directory, device=device, as_json=json
+    )
 
 
 def _configure_logging() -> None:

@@ -12,6 +12,7 @@ import xxhash
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
 from penstock.overrides import assign, explain, flatten, parse_override
@@ -51,17 +52,23 @@ class EvaluateConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Everything that decides the outcome of `penstock train`."""
+    """Everything that decides the outcome of `penstock train`.
+
+    `mode` sampled trains on sampled mini-batches (`sampler`, `plan`), chunked on the whole graph (`chunked`). With
+    `feed` packs, features come from disk; a chunked run keeps them in memory nevertheless where they fit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: Path
     run_dir: Path
+    mode: Literal["sampled", "chunked"] = "sampled"
     feed: Literal["packs", "memory"] = "packs"
     sampled_epochs: int = Field(default=2, ge=1, description="epochs sampled ahead and cycled in reuse mode")
     budgets: BudgetConfig = BudgetConfig()
     sampler: SampleConfig
     plan: PlanConfig = PlanConfig()
+    chunked: ChunkedConfig = ChunkedConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -77,12 +84,19 @@ class RunConfig(BaseModel):
             if not {"fanouts", "num_neighbors"} & set(sampler):
                 sampler = {**sampler, "fanouts": DEFAULT_FANOUTS}
             fanouts = sampler.get("fanouts") or sampler.get("num_neighbors") or ()
-            if isinstance(model, dict) and "num_layers" not in model and isinstance(fanouts, list | tuple):
+            if (
+                value.get("mode") != "chunked"
+                and isinstance(model, dict)
+                and "num_layers" not in model
+                and isinstance(fanouts, list | tuple)
+            ):
                 model = {**model, "num_layers": max(1, len(fanouts))}
         return {**value, "sampler": sampler, "model": model}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "RunConfig":
+        if self.mode == "chunked":
+            return self
         hops = len(self.sampler.layer_fanouts)
         if self.model.kind != "custom" and self.model.num_layers != hops:
             raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
@@ -100,9 +114,18 @@ class RunConfig(BaseModel):
         return str(xxhash.xxh3_64_hexdigest(yaml.safe_dump(self.identity(), sort_keys=True).encode()))
 
 
-# Neither weights nor files depend on these, so a run may be continued with others.
+# Weights do not depend on these (on `chunked.parts`: but for rounding), so a run may be continued with others.
 _MAY_CHANGE = {
     "run_dir",
+    "chunked.backend",
+    "chunked.checkpoint",
+    "chunked.defer_weights",
+    "chunked.devices",
+    "chunked.history_storage",
+    "chunked.parts",
+    "chunked.recompute",
+    "chunked.stages",
+    "chunked.timeout_s",
     "train.checkpoint_items",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",

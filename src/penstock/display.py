@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -88,6 +88,20 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
             print(f"  {name:<{width}}  {value}")
         return
     table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_columns(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with headings on stdout; without frame where it is not a terminal."""
+    if not sys.stdout.isatty():
+        widths = [max(len(row[n]) for row in (headings, *rows)) for n in range(len(headings))]
+        print(title)
+        for row in (headings, *rows):
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*headings, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

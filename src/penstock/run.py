@@ -4,9 +4,11 @@
 |---|---|
 | `config.yaml` | the first verb; later verbs refuse another configuration |
 | `machine.json` | the first verb: budgets and disk rates that a resumed run plans with again |
-| `train/`, `valid/`, `test/` | trace (deleted once packed), plan.json and packs of a split |
+| `train/`, `valid/`, `test/` | sampled: trace (deleted once packed), plan.json and packs of a split |
+| `chunks/`, `features/`, `ranks/` | chunked: the cut graph, packs of the chunks' features, scratch of the ranks |
+| `chunked.json` | chunked: the ranks that were chosen |
 | `checkpoints/`, `metrics.jsonl` | training |
-| `model/`, `result.json`, `curves.png` | the end of training |
+| `model/`, `result.json`, `curves.png`, `schedule.png` | the end of training |
 """
 
 import fcntl
@@ -19,9 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from penstock.config import RunConfig
-from penstock.engine.trainer import Stopped
+from penstock.engine.models import build_model
+from penstock.engine.trainer import Stopped, seed_step
 from penstock.report import differing_keys, write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
@@ -29,9 +33,9 @@ from penstock.storage.graph import GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
 
-_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model")
+_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks")
 _MACHINE = "machine.json"
-_DERIVED_FILES = ("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png")
+_DERIVED_FILES = ("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png")
 
 
 class Run:
@@ -52,7 +56,7 @@ class Run:
         Training itself is not ended here: the trainer writes a checkpoint first.
         """
         self._show(stage, done, total, unit, **numbers)
-        if stage != "train" and self.stop_requested.is_set():
+        if stage not in ("train", "chunks") and self.stop_requested.is_set():
             raise Stopped(f"stopped in step {stage!r}; run the same command again to continue")
 
     @property
@@ -82,6 +86,13 @@ class Run:
     def train_host_bytes(self) -> int:
         """Host memory of the rest."""
         return self.budgets.host_bytes - self.evaluation_bytes
+
+
+def make_model(run: Run) -> nn.Module:
+    """Build the model with initial weights that depend on the seed alone."""
+    config, meta = run.config, run.graph.meta
+    seed_step(config.train.seed, -1, torch.device("cpu"))
+    return build_model(config.model, meta.num_features, meta.num_classes)
 
 
 def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:

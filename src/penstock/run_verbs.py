@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from penstock.chunked_choice import compare_ranks
+from penstock.chunked_prepare import cut_graph, prepare_ranks
 from penstock.config import RunConfig
-from penstock.display import print_table, progress
+from penstock.display import print_columns, print_table, progress
+from penstock.engine.chunked.estimate import HEADINGS, estimate_rows, pick
 from penstock.inference import infer
 from penstock.prepare import plan_splits, prepare, read_summary
-from penstock.run import Run, open_run
+from penstock.run import Run, make_model, open_run
 from penstock.sampler.estimate import summary_rows
 from penstock.storage.budget import format_bytes, parse_bytes
 from penstock.storage.graph import Split
+from penstock.storage.manifest import write_json
 from penstock.training import train
 
 
@@ -53,6 +57,9 @@ def _opened(config: RunConfig, *, force: bool, quiet: bool) -> Iterator[Run]:
 
 def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
     """`penstock plan`."""
+    if config.mode == "chunked":
+        _plan_chunked(config, force=force, as_json=as_json, quiet=quiet)
+        return
     with _opened(config, force=force, quiet=quiet) as run:
         plan_splits(run, (*run.evaluated_splits, "train"))
         summary = read_summary(run, "train")
@@ -62,8 +69,35 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
         print_table(f"plan of {config.run_dir}", summary_rows(summary))
 
 
+def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
+    """Cut the graph for every number of parts, and say what each split of the ranks is predicted to take."""
+    chunked = config.chunked
+    devices = chunked.devices or chunked.stages * chunked.parts
+    with _opened(config, force=force, quiet=quiet) as run:
+        choices = compare_ranks(run, make_model(run), devices, lambda parts: cut_graph(run, parts))
+        best = pick(choices)
+        value = {"choices": [choice.to_json() for choice in choices], "picked": choices.index(best)}
+        write_json(run.path / "plan.json", value)
+    if as_json:
+        print(json.dumps(value))
+        return
+    print_columns(f"ways to run {config.run_dir} on {devices} ranks", HEADINGS, estimate_rows(choices))
+    print(
+        f"picked: {best.kind}, --stages {best.stages} --parts {best.parts} --chunks {best.chunks} "
+        f"(--devices {devices} lets train choose among those with --chunks {chunked.chunks})"
+    )
+
+
 def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     """`penstock pack`."""
+    if config.mode == "chunked":
+        with _opened(config, force=force, quiet=quiet) as run:
+            ranks = prepare_ranks(run)
+        meta = ranks.chunks.meta
+        rows = [("features", ranks.specs[0].features.kind), ("chunks", f"{meta.num_chunks} x {meta.num_parts}")]
+        rows += [("cut edges", f"{meta.cut_edges / max(1, meta.num_edges):.1%}"), ("halo rows", f"{meta.alpha:.2f} N")]
+        print_table(f"chunks of {config.run_dir}", [*rows, ("balance", f"{meta.balance:.2f}")])
+        return
     with _opened(config, force=force, quiet=quiet) as run:
         prepared = prepare(run, (*run.evaluated_splits, "train"))
     sizes = [(split, format_bytes(found.summary.pack_bytes)) for split, found in prepared.items()]

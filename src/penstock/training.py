@@ -8,20 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from penstock.chunked_training import train_chunked
 from penstock.config import RunConfig
 from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
-from penstock.engine.models import build_model
-from penstock.engine.trainer import Stopped, Trainer, TrainResult, seed_step
+from penstock.engine.trainer import Stopped, Trainer, TrainResult
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.prepare import Prepared, prepare
 from penstock.report import draw_curves, write_result
-from penstock.run import Run, open_run
+from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import Split
@@ -66,13 +65,6 @@ class Evaluation:
             threads=run.threads,
         ) as feed:
             return evaluate_feed(model, feed, run.graph.meta.num_classes)
-
-
-def make_model(run: Run) -> nn.Module:
-    """Build the model with initial weights that depend on the seed alone."""
-    config, meta = run.config, run.graph.meta
-    seed_step(config.train.seed, -1, torch.device("cpu"))
-    return build_model(config.model, meta.num_features, meta.num_classes)
 
 
 def _run_trainer(run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, resume: bool) -> TrainResult:
@@ -125,6 +117,9 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
 
 
 def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
+    if run.config.mode == "chunked":
+        sections = train_chunked(run, resume)
+        return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))

@@ -74,7 +74,7 @@ def test_ten_kills_of_the_main_job_leave_the_same_packs_and_weights(
 def test_kills_of_a_rolling_run_leave_the_weights_of_training_in_memory(graph: Path, tmp_path: Path) -> None:
     killed, memory = tmp_path / "killed", tmp_path / "memory"
     subprocess.run(train(graph, memory, "--in-memory", "--set", "sampled_epochs=6"), check=True, timeout=240)
-    rolling = train(graph, killed, "--mode", "rolling", "--disk", "60MiB")
+    rolling = train(graph, killed, "--pack-mode", "rolling", "--disk", "60MiB")
     rolling[rolling.index("24MiB")] = "200MiB"
     assert run_killed(rolling, kills=3, seed=5, longest_s=6) >= 1
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (killed, memory)]

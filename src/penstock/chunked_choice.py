@@ -1,0 +1,136 @@
+"""How a chunked run fits the machine: memory per rank, and which split of devices is predicted to be the fastest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from penstock.engine.chunked.config import ChunkedConfig
+from penstock.engine.chunked.estimate import Choice, choose_split, compare_splits, pick
+from penstock.engine.chunked.footprint import GraphFacts, ModelFacts, Profile
+from penstock.engine.chunked.layout import Layout
+from penstock.engine.chunked.ownership import hidden_layers, hidden_width
+from penstock.engine.chunked.profile import profile_model
+from penstock.engine.layered import first_hidden, uses_initial
+from penstock.run import Run
+from penstock.storage.budget import format_bytes
+from penstock.storage.chunks import ChunkStore
+from penstock.storage.errors import DoesNotFit
+
+_FEATURE_SHARE = 0.4  # of the host memory: features up to this are kept in memory
+_FEED_SHARE = 0.25  # of the host memory, for tiers and buffers of features in packs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Memory of every rank, and where features come from. `feed_bytes` is for the first stage of a part."""
+
+    features: Literal["memory", "packs"]
+    recompute: bool
+    history_bytes: int
+    feed_bytes: int
+
+
+def _feature_bytes(run: Run, chunks: ChunkStore, model: nn.Module) -> int:
+    """All chunks' features as float32, with halos where layer 0 aggregates."""
+    halo = first_hidden(model) == 1
+    parts = [chunks.part(part) for part in range(chunks.meta.num_parts)]
+    rows = sum(int(part.own_sizes.sum()) + halo * int(part.halo_sizes.sum()) for part in parts)
+    return rows * run.graph.meta.num_features * 4
+
+
+def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["memory", "packs"], int]:
+    """Where features come from, and the bytes that they take or may take."""
+    host, wanted = run.budgets.host_bytes, _feature_bytes(run, chunks, model)
+    if run.config.feed == "memory" or wanted <= _FEATURE_SHARE * host:
+        return "memory", wanted
+    return "packs", int(_FEED_SHARE * host)
+
+
+def _graph_facts(stores: dict[int, ChunkStore]) -> GraphFacts:
+    whole = stores[min(stores)]
+    parts = [whole.part(part) for part in range(whole.meta.num_parts)]
+    return GraphFacts(
+        own_rows=sum(part.own_sizes for part in parts),  # type: ignore[arg-type]  # arrays
+        halo_rows=sum(part.halo_sizes for part in parts),  # type: ignore[arg-type]  # arrays
+        edges=sum(part.edge_sizes for part in parts),  # type: ignore[arg-type]  # arrays
+        part_alpha={parts: store.meta.part_alpha for parts, store in stores.items()},
+    )
+
+
+def _model_facts(run: Run, model: nn.Module) -> ModelFacts:
+    num_features = run.graph.meta.num_features
+    return ModelFacts(
+        hidden_layers=len(hidden_layers(model)),
+        width=hidden_width(model, num_features),
+        num_features=num_features,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        uses_initial=uses_initial(model),
+    )
+
+
+def _profile(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, num_ranks: int) -> Profile:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, run.threads // num_ranks))
+    try:
+        return profile_model(
+            model,
+            chunks.part(0),
+            run.graph.meta.num_features,
+            backend=config.backend,
+            disk_bytes_per_s=min(run.disk_rates.read_bytes_per_s, run.disk_rates.write_bytes_per_s) / num_ranks,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module) -> Sizes:
+    """Share the host memory out among the ranks of a split that is settled.
+
+    DoesNotFit where activations, topology and buffers alone are more than that.
+    """
+    features, feature_bytes = _share(run, chunks, model)
+    layout = Layout(config.stages, config.parts)
+    rank_bytes = (run.budgets.host_bytes - feature_bytes) // layout.num_ranks
+    profile = _profile(run, chunks, config, model, layout.num_ranks)
+    facts = _graph_facts({config.parts: chunks})
+    choice = choose_split(layout, facts, _model_facts(run, model), profile, config, rank_bytes)
+    if not choice.fits:
+        needed = choice.peak_bytes * layout.num_ranks + feature_bytes
+        raise DoesNotFit(
+            f"--host-memory {format_bytes(run.budgets.host_bytes)} is too small: {layout.num_ranks} ranks need "
+            f"{format_bytes(choice.peak_bytes)} each, features {format_bytes(feature_bytes)}; use --host-memory "
+            f"{needed} or more, or more chunks",
+            host_bytes=needed,
+        )
+    held = choice.peak_bytes - (choice.history_bytes if choice.histories_in_memory else 0)
+    return Sizes(
+        features=features,
+        recompute=choice.recompute,
+        history_bytes=rank_bytes - held,
+        feed_bytes=0 if features == "memory" else feature_bytes // config.parts,
+    )
+
+
+def compare_ranks(run: Run, model: nn.Module, devices: int, cut: Callable[[int], ChunkStore]) -> tuple[Choice, ...]:
+    """Predict every split of `devices`; `cut(parts)` cuts the graph for so many parts."""
+    stores = {parts: cut(parts) for parts in range(1, devices + 1) if devices % parts == 0}
+    config = run.config.chunked
+    feature_bytes = max(_share(run, store, model)[1] for store in stores.values())
+    return compare_splits(
+        _graph_facts(stores),
+        _model_facts(run, model),
+        _profile(run, stores[1], config, model, devices),
+        config,
+        devices=devices,
+        memory_bytes=(run.budgets.host_bytes - feature_bytes) // devices,
+    )
+
+
+def choose_ranks(run: Run, model: nn.Module, cut: Callable[[int], ChunkStore]) -> Choice:
+    """The fastest split of `chunked.devices` that fits and keeps the chunks that were asked for."""
+    assert run.config.chunked.devices is not None
+    choices = compare_ranks(run, model, run.config.chunked.devices, cut)
+    return pick([choice for choice in choices if choice.chunks == run.config.chunked.chunks])

@@ -1,0 +1,204 @@
+"""From a graph to ranks that can start: chunks, the choice of stages and parts, features in memory or in packs.
+
+Each step is skipped when it is done. Memory is one budget for the whole machine: features and topology come first, the
+rest is shared out among the ranks, for what they keep of activations and for histories; what does not fit goes to disk.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from penstock.chunked_choice import Sizes, choose_ranks, size_ranks
+from penstock.engine.chunked.config import ChunkedConfig
+from penstock.engine.chunked.features import TRAIN_SHARE
+from penstock.engine.chunked.layout import Layout
+from penstock.engine.chunked.schedule import chunk_order, load_sequence, plan_epoch
+from penstock.engine.chunked.setup import make_specs
+from penstock.engine.chunked.spec import FeatureSpec, RankSpec
+from penstock.engine.chunked.trainer import initial_weights
+from penstock.engine.layered import check_chunkable, first_hidden
+from penstock.run import Run, make_model
+from penstock.sampler.chunking.config import PartitionConfig
+from penstock.sampler.chunking.trace import write_chunk_trace
+from penstock.sampler.chunking.write import write_chunks
+from penstock.sampler.packer import write_packs
+from penstock.sampler.plan import PlanConfig, plan_packs
+from penstock.storage.chunks import ChunkStore
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.manifest import read_json, write_json
+from penstock.storage.pack import is_complete
+
+_CHOICE = "chunked.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRanks:
+    """What training starts from. `model` has the initial weights."""
+
+    model: nn.Module
+    chunks: ChunkStore
+    layout: Layout
+    specs: list[RankSpec]
+
+
+def cut_graph(run: Run, parts: int) -> ChunkStore:
+    """Cut the graph into chunks for so many parts, in `run/chunks`."""
+    config = run.config.chunked
+    return write_chunks(
+        run.graph,
+        run.path / "chunks" / f"{config.chunks}x{parts}",
+        PartitionConfig(chunks=config.chunks, parts=parts, method=config.partition, seed=config.partition_seed),
+        host_memory=run.budgets.host_bytes,
+        threads=run.threads,
+        progress=run.progress,
+    )
+
+
+def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
+    """The configuration with stages and parts: as given, or as chosen for `devices`, once for the run."""
+    config = run.config.chunked
+    if config.devices is None or (config.stages, config.parts) != (1, 1):
+        return config
+    path = run.path / _CHOICE
+    if not path.is_file():
+        choice = choose_ranks(run, model, lambda parts: cut_graph(run, parts))
+        write_json(path, {"stages": choice.stages, "parts": choice.parts})
+    value = read_json(path)
+    return config.resolved(value["stages"], value["parts"])
+
+
+def _sequences(config: ChunkedConfig, seed: int, recompute: bool) -> list[tuple[int, ...]]:
+    """What stage 0 loads in every epoch of a cycle."""
+    found = []
+    for epoch in range(config.cycle_orders):
+        order = chunk_order(seed, epoch, config.chunks, config.cycle_orders, shuffle=config.shuffle_chunks)
+        plan = plan_epoch(
+            Layout(1, 1),
+            epoch=epoch,
+            order=order,
+            updates=config.updates_per_epoch,
+            gradient_mode=config.gradient_mode,
+            recompute=recompute,
+        )
+        found.append(load_sequence(plan))
+    return found
+
+
+def _pack(
+    run: Run,
+    chunks: ChunkStore,
+    part: int,
+    out: Path,
+    sequence: Sequence[Sequence[int]],
+    *,
+    halo: bool,
+    plan: PlanConfig,
+    host_bytes: int,
+) -> Path:
+    """Pack the features of a sequence of loads; returns the folder of the packs."""
+    packs = out / "packs"
+    if is_complete(packs):
+        return packs
+    trace = write_chunk_trace(
+        run.graph,
+        chunks,
+        part,
+        out / "trace",
+        sequence=sequence,
+        halo=halo,
+        host_memory=run.budgets.host_bytes // 2,
+        progress=run.progress,
+    )
+    budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0)
+    planned = plan_packs(
+        run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
+    )
+    if planned.mode != "reuse":
+        assert planned.summary is not None
+        raise DoesNotFit(
+            f"the packs of part {part} need {planned.summary.disk_needed_bytes} bytes of disk, --disk gives "
+            f"{run.budgets.disk_bytes}; raise it, lower chunked.cycle_orders, or give more --host-memory",
+            disk_bytes=planned.summary.disk_needed_bytes,
+        )
+    write_packs(planned, run.graph, trace, packs, host_memory=run.budgets.host_bytes // 2, progress=run.progress)
+    for scratch in ("trace", "plan"):
+        shutil.rmtree(out / scratch, ignore_errors=True)
+    return packs
+
+
+def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, sizes: Sizes) -> list[FeatureSpec]:
+    """By part: in memory where they fit or the user wants it, else packs."""
+    if sizes.features == "memory":
+        return [FeatureSpec(kind="memory")] * config.parts
+    halo = first_hidden(model) == 1
+    sequences = _sequences(config, run.config.train.seed, sizes.recompute)
+    reuse = run.config.plan.model_copy(update={"mode": "reuse"})
+    found = []
+    for part in range(config.parts):
+        folder = (
+            run.path
+            / "features"
+            / f"{config.chunks}x{config.parts}-{part:03d}-{'twice' if sizes.recompute else 'once'}"
+        )
+        shared: dict[str, Any] = {"halo": halo}
+        train = _pack(
+            run,
+            chunks,
+            part,
+            folder / "train",
+            sequences,
+            plan=reuse,
+            host_bytes=int(sizes.feed_bytes * TRAIN_SHARE),
+            **shared,
+        )
+        exact = _pack(
+            run,
+            chunks,
+            part,
+            folder / "exact",
+            [tuple(range(config.chunks))],
+            plan=PlanConfig(policy="none", mode="reuse", row_dtype=reuse.row_dtype),
+            host_bytes=int(sizes.feed_bytes * (1 - TRAIN_SHARE)),
+            **shared,
+        )
+        found.append(
+            FeatureSpec(
+                kind="packs",
+                packs=train,
+                exact_packs=exact,
+                items_per_epoch=len(sequences[0]),
+                num_epochs=run.config.train.epochs,
+            )
+        )
+    return found
+
+
+def prepare_ranks(run: Run) -> PreparedRanks:
+    """Do all that comes before training. DoesNotFit names what is too small, ValueError a model that cannot be cut."""
+    model = make_model(run)
+    check_chunkable(model)
+    config = _resolve(run, model)
+    chunks = cut_graph(run, config.parts)
+    sizes = size_ranks(run, chunks, config, model)
+    features = _features(run, chunks, config, model, sizes)
+    folder = run.path / "ranks"
+    specs = make_specs(
+        graph=run.graph,
+        chunks=chunks,
+        scratch=folder,
+        weights=initial_weights(folder / "initial.safetensors", model),
+        model=model,
+        model_config=run.config.model,
+        train=run.config.train,
+        chunked=config,
+        features=features,
+        recompute=sizes.recompute,
+        history_memory=sizes.history_bytes,
+        feed_memory=sizes.feed_bytes,
+        threads=max(1, run.threads // (config.stages * config.parts)),
+    )
+    return PreparedRanks(model=model, chunks=chunks, layout=Layout(config.stages, config.parts), specs=specs)

@@ -1,0 +1,155 @@
+"""The main job on the whole graph: cut it, choose ranks, feed, train, score, report."""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from penstock.chunked_prepare import PreparedRanks, prepare_ranks
+from penstock.engine.chunked.backend import OpenBackend
+from penstock.engine.chunked.config import BackendName
+from penstock.engine.chunked.processes import open_processes
+from penstock.engine.chunked.spec import RankReport
+from penstock.engine.chunked.telemetry import epoch_record
+from penstock.engine.chunked.threads import open_threads
+from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
+from penstock.engine.evaluate import evaluate_exact
+from penstock.engine.metrics import Metrics
+from penstock.engine.modelfile import save_model
+from penstock.report import draw_curves
+from penstock.run import Run
+from penstock.schedule_plot import draw_schedule
+from penstock.storage.graph import Split
+
+
+def find_backend(name: BackendName) -> OpenBackend:
+    """What opens ranks; Ray is imported only where it is asked for."""
+    if name == "threads":
+        return open_threads
+    if name == "processes":
+        return open_processes
+    from penstock.cluster.pipeline import open_ray
+
+    return open_ray
+
+
+def _train(run: Run, prepared: PreparedRanks, resume: bool) -> ChunkedResult:
+    config = run.config
+    evaluate: tuple[Split, ...] = ("valid",) if run.evaluates else ()
+    trainer = ChunkedTrainer(
+        prepared.specs,
+        find_backend(config.chunked.backend),
+        checkpoints=run.path / "checkpoints",
+        metrics=run.path / "metrics.jsonl",
+        evaluate=evaluate,
+        identity={"run": config.digest(), "graph": run.graph.fingerprint},
+        stop_requested=run.stop_requested,
+        progress=run.progress,
+    )
+    return trainer.run(resume=resume)
+
+
+def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
+    if not run.evaluates:
+        return {}
+    return evaluate_exact(
+        model,
+        run.graph,
+        run.splits_with_nodes,
+        run.path / "exact",
+        host_memory=run.budgets.host_bytes,
+        threads=run.threads,
+        device=run.config.train.device,
+        progress=run.progress,
+    )
+
+
+def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]:
+    layout = prepared.layout
+    return {
+        "rank": report.rank,
+        "part": layout.part_of(report.rank),
+        "stage": layout.stage_of(report.rank),
+        "units": list(prepared.specs[report.rank].units[layout.stage_of(report.rank)]),
+        "busy_s": report.busy_s,
+        "wait_s": report.wait_s,
+        "sent_bytes": report.bytes_sent,
+        "history_read_bytes": report.history_read_bytes,
+        "history_written_bytes": report.history_written_bytes,
+        "history_stall_s": report.history_stall_s,
+        "peak_rss_bytes": report.peak_rss_bytes,
+    }
+
+
+def train_chunked(run: Run, resume: bool) -> dict[str, Any]:
+    """Train `run` on the whole graph; returns the sections of `result.json`."""
+    started = time.perf_counter()
+    prepared = prepare_ranks(run)
+    prepare_s = time.perf_counter() - started
+    trained = _train(run, prepared, resume)
+    train_s = time.perf_counter() - started - prepare_s
+    model, meta, config = prepared.model, run.graph.meta, run.config
+    model.load_state_dict(trained.weights)
+    found = _score(run, model)
+    save_model(
+        run.path / "model",
+        model,
+        config.model,
+        num_features=meta.num_features,
+        num_classes=meta.num_classes,
+        fanouts=(-1,) * len(model.layers),  # type: ignore[arg-type]  # a ModuleList
+    )
+    draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
+    artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]
+    if trained.reports:
+        draw_schedule(trained.reports, prepared.layout, run.path / "schedule.png")
+        artefacts.append("schedule.png")
+    return {
+        "metrics": _metrics(run, trained, found),
+        "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
+        "timings": {
+            "prepare_s": prepare_s,
+            "train_s": train_s,
+            "total_s": time.perf_counter() - started,
+            "epoch_s": float(np.median(trained.epoch_s)) if trained.epoch_s else None,
+            "exact_s": trained.exact_s,
+            "checkpoint_s": trained.checkpoint_s,
+        },
+        "resumed_from": trained.resumed_from,
+        "chunks": asdict(prepared.chunks.meta),
+        "schedule": _schedule(prepared, trained),
+        "ranks": [_rank_section(report, prepared) for report in trained.reports],
+    }
+
+
+def _metrics(run: Run, trained: ChunkedResult, found: dict[Split, Metrics]) -> dict[str, Any]:
+    values = {key: value for split, metrics in found.items() for key, value in metrics.to_json(f"{split}_").items()}
+    state = trained.state
+    return {
+        **values,
+        "train_losses": state.losses,
+        "epochs": state.epochs_done,
+        "steps": state.epochs_done * run.config.chunked.updates_per_epoch,
+        "best_epoch": state.best_epoch,
+        "stopped_early": state.stopped_early,
+        "feature_bytes": run.graph.feature_bytes,
+        "host_memory_bytes": run.budgets.host_bytes,
+    }
+
+
+def _schedule(prepared: PreparedRanks, trained: ChunkedResult) -> dict[str, Any]:
+    """The last epoch in numbers, and what was chosen for it."""
+    layout = prepared.layout
+    value: dict[str, Any] = {
+        "stages": layout.stages,
+        "parts": layout.parts,
+        "units": [list(unit) for unit in prepared.specs[0].units],
+        "recompute": prepared.specs[0].recompute,
+        "features": prepared.specs[0].features.kind,
+        "history_errors": {str(layer): error for layer, error in trained.history_errors.items()},
+    }
+    if trained.reports:
+        value |= epoch_record(trained.reports, prepared.chunks.meta, layout, trained.epoch_s[-1])
+    return value
