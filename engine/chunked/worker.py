@@ -1,0 +1,136 @@
+"""A rank in a process of its own: started by `open_processes` over a socket, or inside a Ray actor.
+
+The process does what its parent sends, one call after the other, and ends when told to, or as soon as its parent is
+gone. It ignores SIGINT and SIGTERM: whoever sends those to a whole group means the parent, which ends its ranks.
+"""
+
+import ctypes
+import logging
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # a class of torch's C++ part
+from torch.distributed.distributed_c10d import Store
+
+from penstock.engine.chunked.backend import Board
+from penstock.engine.chunked.failures import encode_error
+from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.torch_transport import GroupBackend, open_torch_transport
+from penstock.engine.chunked.transport import Transport
+
+OPEN_RANK = "penstock.engine.chunked.rank:open_rank"
+OpenRank = Callable[[RankSpec, Transport, Callable[[int, int], None]], AbstractContextManager[Any]]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first message to a child. Ranks meet in the file `store`; `open_rank` is `module:function`."""
+
+    spec: RankSpec
+    board: Path
+    store: Path
+    backend: GroupBackend
+    open_rank: str
+
+
+@contextmanager
+def open_worker(
+    spec: RankSpec, store: Store, backend: GroupBackend, open_rank: str, heartbeat: Callable[[int, int], None]
+) -> Iterator[Any]:
+    """Join the others over `store` and open the rank."""
+    module, _, name = open_rank.partition(":")
+    opener: OpenRank = getattr(import_module(module), name)
+    with (
+        open_torch_transport(
+            spec.rank,
+            spec.layout,
+            store,
+            backend=backend,
+            device=torch.device(spec.device),
+            timeout_s=spec.chunked.timeout_s,
+        ) as transport,
+        opener(spec, transport, heartbeat) as rank,
+    ):
+        yield rank
+
+
+def answer_call(spec: RankSpec, call: Callable[[], Any]) -> tuple[bool, bytes]:
+    """Whether a call went well, and its pickled value or error; plain pickle, which copies tensors."""
+    try:
+        return True, pickle.dumps(call())
+    except Exception as error:  # the process's boundary: the caller raises it
+        logging.getLogger(__name__).info("rank %d", spec.rank, exc_info=True)
+        return False, encode_error(spec, error)
+
+
+def _read_calls(connection: Connection, calls: "queue.SimpleQueue[bytes]") -> None:
+    """Hand on what the parent sends; end the process when it is gone, whatever the main thread waits for."""
+    try:
+        while True:
+            calls.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _serve(start: Start, connection: Connection, calls: "queue.SimpleQueue[bytes]") -> bool:
+    """Be the rank until None comes (True) or something fails (False)."""
+    spec = start.spec
+    board = Board(start.board, spec.layout.num_ranks)
+    store = FileStore(str(start.store), spec.layout.num_ranks)
+
+    def run() -> bool:
+        with open_worker(spec, store, start.backend, start.open_rank, board.heartbeat(spec.rank)) as rank:
+            connection.send_bytes(pickle.dumps((True, pickle.dumps(None))))
+            while (call := pickle.loads(calls.get())) is not None:
+                method, arguments = call
+                well, value = answer_call(spec, lambda: getattr(rank, method)(*arguments))  # noqa: B023  called at once
+                connection.send_bytes(pickle.dumps((well, value)))
+                if not well:
+                    return False
+        return True
+
+    well, value = answer_call(spec, run)
+    if not well:
+        connection.send_bytes(pickle.dumps((well, value)))
+    return well and bool(pickle.loads(value))
+
+
+def main(handle: int, parent: int) -> None:
+    """Be a rank for the process `parent`, at the other end of the socket `handle`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    os.set_inheritable(handle, False)
+    with Connection(handle) as connection:
+        start: Start = pickle.loads(connection.recv_bytes())
+        _configure_logging(start.spec.rank)
+        calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
+        well = _serve(start, connection, calls)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if well else 1)  # the reader still waits on the socket
+
+
+def _configure_logging(rank: int) -> None:
+    logger = logging.getLogger("penstock")
+    logger.setLevel(getattr(logging, os.environ.get("PENSTOCK_LOG", "WARNING").upper(), logging.WARNING))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(levelname)s rank {rank} %(name)s: %(message)s"))
+    logger.addHandler(handler)
