@@ -6,6 +6,7 @@ may happen to a trainer. The graph is made symmetric, so an edge counts from bot
 
 import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from penstock.storage.graph import GraphStore, open_graph
 # Peak of the process over random graphs of 1 to 4 million edges, which symmetry doubles: 145 bytes an edge, 116 a node.
 _EDGE_BYTES, _NODE_BYTES, _IMPORT_BYTES = 160, 128, 320 * MIB
 
+# Few bins are cut better by bisection (its manual says up to 8), and METIS's k-way cut in two differs between runs.
+_RECURSIVE = 8
+
 
 def metis_bytes(graph: GraphStore) -> int:
     """Estimate the memory that METIS takes."""
@@ -31,12 +35,13 @@ def can_import_dgl() -> bool:
     return importlib.util.find_spec("dgl") is not None
 
 
-def run_metis(graph: GraphStore, groups: NDArray[np.int32], num_bins: int) -> NDArray[np.int32]:
+def run_metis(graph: GraphStore, groups: NDArray[np.int32], num_bins: int, threads: int = 1) -> NDArray[np.int32]:
     """Cut every group of nodes into `num_bins` of about equal size, int32 [N]. RuntimeError where METIS fails."""
     with tempfile.TemporaryDirectory(prefix="penstock-metis-") as folder:
         np.save(Path(folder) / "groups.npy", groups)
         command = [sys.executable, "-m", "penstock.sampler.chunking.metis", str(graph.path), str(num_bins), folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(
                 f"METIS failed on {graph.path} with exit code {done.returncode}: {done.stderr.strip()[-2000:]}; "
@@ -63,8 +68,12 @@ def _cut_group(
     kept = np.concatenate([[0], np.cumsum(inside)])
     indptr = kept[np.concatenate([offsets, [len(destinations)]])]
     csc = torch.from_numpy(indptr), torch.from_numpy(sources[inside]), torch.empty(0, dtype=torch.int64)
+    graph_of_group, mode = (
+        dgl.graph(("csc", csc), num_nodes=len(nodes)),
+        "recursive" if num_bins <= _RECURSIVE else "k-way",
+    )
     with contextlib.redirect_stdout(sys.stderr):
-        labels = dgl.metis_partition_assignment(dgl.graph(("csc", csc), num_nodes=len(nodes)), num_bins)
+        labels = dgl.metis_partition_assignment(graph_of_group, num_bins, mode=mode)
     return np.asarray(labels.numpy().astype(np.int32))
 
 

@@ -78,6 +78,8 @@ class PartWriter:
         with full_disk_is_clear(self._folder):
             self._files[0].write(linked.halo.astype(np.int64).data)
             self._files[1].write(linked.slab_rows.data)
+            for file in self._files:
+                file.flush()  # here, where a full disk is told apart
         self._sizes[chunk, HALO], self._sizes[chunk, EDGES] = len(linked.halo), len(linked.indices)
         self._halo_offsets[chunk] = linked.offsets
         self._wires.append(wires)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from penstock.sampler.chunking.config import Method, PartitionConfig
 from penstock.sampler.chunking.metis import can_import_dgl, metis_bytes, run_metis
 from penstock.sampler.chunking.streaming import random_bins, settle_bins, stream_bins
-from penstock.sampler.chunking.windows import choose_window, least_window
+from penstock.sampler.chunking.windows import WINDOWS, choose_window, least_window
 from penstock.storage.errors import DoesNotFit, MissingDependency
 from penstock.storage.graph import GraphStore
 from penstock.storage.progress import Progress, silent
@@ -72,21 +72,21 @@ def partition(
     """
     method = choose_method(graph, config, host_memory)
     least = least_window(graph)
-    needed = _NODE_BYTES * graph.num_nodes + 2 * least
+    needed = _NODE_BYTES * graph.num_nodes + WINDOWS * least
     if needed > host_memory:
         raise DoesNotFit(
             f"partitioning {graph.num_nodes} nodes needs {needed} bytes of host memory, --host-memory gives "
             f"{host_memory}; raise it",
             host_bytes=needed,
         )
-    num_bytes = choose_window(least, least + (host_memory - needed) // 2)
+    num_bytes = choose_window(least, least + (host_memory - needed) // WINDOWS)
     slack = config.slack if config.parts == 1 else float(np.sqrt(1 + config.slack) - 1)
 
     def split(groups: NDArray[np.int32], num_bins: int) -> NDArray[np.int32]:
         if method == "random":
             return random_bins(groups, num_bins, config.seed)
         if method == "metis":
-            return run_metis(graph, groups, num_bins)
+            return run_metis(graph, groups, num_bins, threads)
         return stream_bins(
             graph,
             groups,

@@ -14,6 +14,7 @@ from penstock.storage.npyfile import drop_pages
 _MAX_WINDOW_BYTES = 64 * MIB  # larger ones are no faster
 _MIN_WINDOW_BYTES = MIB
 _SCAN_NODES = 1 << 20
+WINDOWS = 3  # offsets with their scratch, mapped pages, and the copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +47,22 @@ def choose_window(least: int, spare: int) -> int:
 
 
 def edge_windows(graph: GraphStore, num_bytes: int, *, weights: bool = False) -> Iterator[EdgeWindow]:
-    """Read all in-edges once, in windows of at most `num_bytes`, which take 1.5 times that of memory.
-
-    Pages already read are given back to the kernel.
-    """
-    lo, per_edge = 0, edge_bytes(graph, weights)
+    """Read all in-edges once, in windows of at most `num_bytes`, which take up to `WINDOWS` times that of memory."""
+    lo, per_edge, table = 0, edge_bytes(graph, weights), graph.edge_weights if weights else None
     while lo < graph.num_nodes:
         # a row costs its offset, so that nodes without edges do not make a window endless
         ends = np.array(graph.indptr[lo : lo + num_bytes // 16 + 1])
         cost = (ends - ends[0]) * per_edge + 8 * np.arange(len(ends))
         rows = max(1, min(int(np.searchsorted(cost, num_bytes, side="right")) - 1, len(ends) - 1))
         start, stop = int(ends[0]), int(ends[rows])
-        yield EdgeWindow(
+        window = EdgeWindow(
             first=lo,
             indptr=ends[: rows + 1] - start,
             indices=np.array(graph.indices[start:stop]),
-            edge_weights=np.array(graph.edge_weights[start:stop])
-            if weights and graph.edge_weights is not None
-            else None,
+            edge_weights=np.array(table[start:stop]) if table is not None else None,
         )
-        lo += rows
-        for array in (graph.indptr, graph.indices, graph.edge_weights if weights else None):
+        for array in (graph.indptr, graph.indices, table):
             if array is not None:
-                drop_pages(array)
+                drop_pages(array)  # they are copied, and would count as memory of ours
+        yield window
+        lo += rows

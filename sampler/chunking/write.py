@@ -68,9 +68,13 @@ def _begin(out: Path, identity: dict[str, Any]) -> ChunkStore | None:
         raise DataError(f"{out} is not empty and holds no chunks of ours; choose an empty or new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _IDENTITY, identity)
+    _clear(out)
+    return None
+
+
+def _clear(out: Path) -> None:
     for folder in out.glob("part-*"):
         shutil.rmtree(folder)
-    return None
 
 
 def _write_parts(
@@ -93,6 +97,7 @@ def _write_parts(
                 wires = [np.flatnonzero(readers.of_part(p, own)) for p in range(pieces.num_parts)]
                 writer.append(linked, wires, weights)
                 done, num_halo = done + len(sources), num_halo + len(linked.halo)
+                del sources, weights, linked  # views of a group's edges, which must go before the next group comes
             entries += writer.finish(slabs)
         num_mirrors += int(slabs.mirrors.sum())
     progress("chunk", done, graph.num_edges, "edges", halo=num_halo)
@@ -134,7 +139,11 @@ def write_chunks(
         assignment = labels[0], labels[1]
     pieces = number_pieces(graph, *assignment, config.parts, config.chunks)
     memory = plan_memory(graph, pieces, host_memory)
-    numbers, entries = _write_parts(graph, pieces, out, memory, progress)
+    try:
+        numbers, entries = _write_parts(graph, pieces, out, memory, progress)
+    except BaseException:
+        _clear(out)  # nobody can use it, and a full disk must not stay full
+        raise
     sizes = np.diff(pieces.starts).reshape(config.parts, config.chunks)
     meta = ChunkMeta(
         graph=identity["graph"],

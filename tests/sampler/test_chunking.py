@@ -118,7 +118,7 @@ def random_case(seed: int, make_graph: MakeGraph, num_parts: int, num_chunks: in
     return make_graph(num_nodes, edges, weights=weights, wide_ids=bool(seed % 3)), (parts, chunks)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), num_parts=st.integers(1, 3), num_chunks=st.integers(1, 4))
 def test_pieces_hold_the_graph(make_graph: MakeGraph, seed: int, num_parts: int, num_chunks: int) -> None:
     graph, assignment = random_case(seed, make_graph, num_parts, num_chunks)
@@ -229,6 +229,17 @@ def test_what_a_kill_left_is_built_again(tiny_graph: GraphStore, tmp_path: Path,
     assert (out / "part-001" / "indices.npy").is_file() and not (out / "manifest.json").exists()
     write(tiny_graph, out)
     assert folder_bytes(out) == folder_bytes(write(tiny_graph, tmp_path / "whole").path)
+
+
+def test_an_error_leaves_no_bytes(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        if stage == "chunk" and done > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny_graph, tmp_path / "chunks", progress=stop)
+    assert [path.name for path in (tmp_path / "chunks").iterdir()] == ["chunks.json"]
+    validate_chunks(write(tiny_graph, tmp_path / "chunks").path)
 
 
 def check_feeds(graph: GraphStore, trace: Trace, store: ChunkStore, loads: list[int], halo: bool, folder: Path) -> None:
