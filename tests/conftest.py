@@ -243,8 +243,10 @@ def write_graph(
     train: NDArray[Any] | None = None,
     wide_ids: bool = False,
     labels: NDArray[Any] | None = None,
+    features: NDArray[np.float32] | None = None,
 ) -> GraphStore:
     """Store a graph of `edges` int64 [E, 2] (source, destination), in any order, duplicates kept."""
+    features = np.zeros((num_nodes, 1), np.float32) if features is None else features
     path.mkdir(parents=True)
     order = np.lexsort((edges[:, 0], edges[:, 1]))
     dtype = np.dtype(np.int64) if wide_ids else id_dtype(num_nodes)
@@ -252,7 +254,7 @@ def write_graph(
     arrays: dict[str, NDArray[Any]] = {
         "indptr": indptr,
         "indices": edges[order, 0].astype(dtype),
-        "features": np.zeros((num_nodes, 1), np.float32),
+        "features": features,
         "labels": np.arange(num_nodes) % 3 - 1 if labels is None else labels,
         "train_ids": np.arange(num_nodes, dtype=dtype) if train is None else train.astype(dtype),
         "valid_ids": np.arange(0, num_nodes, 2, dtype=dtype),
@@ -263,7 +265,7 @@ def write_graph(
     meta = GraphMeta(
         num_nodes=num_nodes,
         num_edges=len(edges),
-        num_features=1,
+        num_features=features.shape[1],
         feature_dtype="float32",
         num_classes=3,
         multi_label=labels is not None and labels.ndim == 2,
