@@ -85,15 +85,17 @@ def exit_reason(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
-def died(spec: RankSpec, reason: str, method: str, arguments: tuple[Any, ...], board: Board) -> RankFailed:
-    """Say which rank died, of what, and at which action of which call."""
+def died(
+    spec: RankSpec, reason: str, method: str, arguments: tuple[Any, ...], board: Board, *, is_current: bool = True
+) -> RankFailed:
+    """Say which rank died, of what, and at which action of which call. `is_current`: whether the board knows that."""
     done, total, _ = board.read()[spec.rank]
     during = f"during {method}"
     plan = next((argument for argument in arguments if isinstance(argument, EpochPlan)), None)
     if plan is not None:
         actions = plan.actions[spec.rank]
-        at = f", at {actions[done]}" if done < len(actions) else ""
-        during += f" of epoch {plan.epoch}, after {done} of {len(actions)} actions{at}"
+        least, at = ("", f", at {actions[done]}") if is_current and done < len(actions) else ("at least ", "")
+        during += f" of epoch {plan.epoch}, after {least}{done} of {len(actions)} actions{at}"
     elif total:
         during += f", after {done} of {total} actions"
     return RankFailed(

@@ -119,7 +119,7 @@ def main(handle: int, parent: int) -> None:
     os.set_inheritable(handle, False)
     with Connection(handle) as connection:
         start: Start = pickle.loads(connection.recv_bytes())
-        _configure_logging(start.spec.rank)
+        configure_logging(start.spec.rank)
         calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
         well = _serve(start, connection, calls)
@@ -128,7 +128,8 @@ def main(handle: int, parent: int) -> None:
         os._exit(0 if well else 1)  # the reader still waits on the socket
 
 
-def _configure_logging(rank: int) -> None:
+def configure_logging(rank: int) -> None:
+    """Log to stderr, with the rank: what a process of ours does that is nobody else's."""
     logger = logging.getLogger("penstock")
     logger.setLevel(getattr(logging, os.environ.get("PENSTOCK_LOG", "WARNING").upper(), logging.WARNING))
     handler = logging.StreamHandler(sys.stderr)

@@ -27,7 +27,9 @@ SIZES = [(3, 5), (0, 5), (40, 7), (1, 1), (0, 1), (300, 64)]  # rows, columns
 LARGE = (1300, 1024)  # float32: 5 MiB
 
 
-def small_specs(scratch: Path, stages: int = 2, parts: int = 1, **options: Any) -> list[RankSpec]:
+def small_specs(
+    scratch: Path, stages: int = 2, parts: int = 1, timeout_s: float = 60.0, **options: Any
+) -> list[RankSpec]:
     """Specs of ranks that read nothing but `scratch`."""
     layout, nowhere = Layout(stages, parts), scratch / "nothing"
     return [
@@ -41,7 +43,7 @@ def small_specs(scratch: Path, stages: int = 2, parts: int = 1, **options: Any) 
             weights=nowhere,
             model=ModelConfig(),
             train=TrainConfig(),
-            chunked=ChunkedConfig(stages=stages, parts=parts, timeout_s=60.0),
+            chunked=ChunkedConfig(stages=stages, parts=parts, timeout_s=timeout_s),
             features=FeatureSpec(kind="memory"),
             first_hidden=1,
             recompute=True,
@@ -54,7 +56,7 @@ def small_specs(scratch: Path, stages: int = 2, parts: int = 1, **options: Any) 
 
 
 def _tensor(source: int, destination: int, channel: str, number: int, shape: tuple[int, int]) -> torch.Tensor:
-    seed = ((source * 100 + destination) * 100 + CHANNELS.index(channel)) * 1000 + number  # type: ignore[arg-type]
+    seed = ((source * 100 + destination) * 100 + CHANNELS.index(channel)) * 1000 + number
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -166,6 +168,12 @@ class SmallRank:
             os.kill(os.getpid(), signal.SIGKILL)
         self.transport.expect(dies, "forward", (1, 1), torch.float32)
         self.transport.receive(dies, "forward")
+
+    def beat(self) -> None:
+        """Rank n is at action n + 1 of 9 until `go` is there."""
+        self.heartbeat(self.spec.rank + 1, 9)
+        while not (self.spec.scratch / "go").exists():
+            time.sleep(0.01)
 
     def sleep(self) -> None:
         (self.spec.scratch / f"asleep-{self.spec.rank}").touch()

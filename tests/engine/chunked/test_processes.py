@@ -127,14 +127,16 @@ def test_children_end_with_a_killed_parent_and_do_not_run_its_script(small_ranks
 def test_errors_cross_as_what_they_are_or_as_text(small_ranks: Any, tmp_path: Path) -> None:
     spec = small_ranks.small_specs(tmp_path)[1]
     full = OSError(28, "No space left on device", "history")
-    for error in (ValueError("a"), DataError("b"), StaleRead("c"), PeerLost("d"), full):
+    errors: list[Exception] = [ValueError("a"), DataError("b"), StaleRead("c"), PeerLost("d"), full]
+    for error in errors:
         found = pickle.loads(encode_error(spec, error))
         assert type(found) is type(error) and str(found) == str(error)
 
     class Local(ValueError):
         """Cannot be pickled."""
 
-    for error in (Local("e"), AssertionError("f")):
+    errors = [Local("e"), AssertionError("f")]
+    for error in errors:
         found = pickle.loads(encode_error(spec, error))
         assert isinstance(
             found, RankFailed

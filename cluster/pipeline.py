@@ -1,0 +1,238 @@
+"""Ranks of full-graph training as Ray actors: one per part and stage, in one placement group, one call per epoch.
+
+Ray restarts nobody (`max_restarts=0`): a new actor could not join the process group of the others. The first error ends
+all of them, and the caller opens new ones from the last checkpoint.
+"""
+
+import logging
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from penstock.cluster.actor import HEARTBEATS, RankActor
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, open_board
+from penstock.engine.chunked.failures import Outcome, died
+from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.torch_transport import GroupBackend
+from penstock.engine.chunked.worker import OPEN_RANK
+
+logger = logging.getLogger(__name__)
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+_HEARTBEAT_S = 0.5
+_GRACE_S = 20.0  # for actors that were told to end
+T = TypeVar("T")
+
+
+class RayBackend:
+    """See backend.Backend; made by `open_ray`. Single use: it takes no call after an error."""
+
+    def __init__(self, specs: Sequence[RankSpec], board: Board, actors: Sequence[Any]) -> None:
+        self._specs, self._board, self._actors = specs, board, actors
+        self._usable = True
+        self._places: list[tuple[str, int]] = []
+        self._far: list[int] = []
+        self._beats: dict[Any, int] = {}  # heartbeats asked for, with their rank
+        self._beat_at = 0.0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank, each on its own node."""
+        return [pid for _, pid in self._places]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ray's node ids by rank."""
+        return [node for node, _ in self._places]
+
+    def start(self, backend: GroupBackend, open_rank: str) -> None:
+        """Wait until all ranks are open."""
+        self._places = self._gather("start", [actor.whereabouts.remote() for actor in self._actors])
+        here = ray.get_runtime_context().get_node_id()
+        self._far = [rank for rank, node in enumerate(self.nodes) if node != here]
+        address = self._gather("start", [self._actors[0].host_store.remote()])[0]
+        boards = [None if rank in self._far else self._board.path for rank in range(len(self._actors))]
+        self._gather(
+            "start",
+            [
+                actor.start.remote(address, board, backend, open_rank)
+                for actor, board in zip(self._actors, boards, strict=True)
+            ],
+        )
+
+    def call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
+    ) -> list[Any]:
+        """See Backend."""
+        given = list(arguments) if arguments is not None else [()] * len(self._actors)
+        if not self._usable:
+            raise RuntimeError(f"{method}: ranks that failed take no more calls; leave them and open new ones")
+        self._board.reset()
+        refs = [actor.call.remote(method, found) for actor, found in zip(self._actors, given, strict=True)]
+        return self._gather(method, refs, given, poll)
+
+    def _gather(
+        self,
+        method: str,
+        refs: Sequence[Any],
+        arguments: Sequence[tuple[Any, ...]] | None = None,
+        poll: Poll | None = None,
+    ) -> list[Any]:
+        """Wait for the answers of ranks 0, 1, ... as they come: the first error ends the wait."""
+        self._usable = False  # until all has gone well
+        pending = {ref: rank for rank, ref in enumerate(refs)}
+        outcome = Outcome(len(refs))
+        while not outcome.is_over:
+            for ref in ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else ():
+                rank = pending.pop(ref)
+                self._take(outcome, rank, ref, method, arguments[rank] if arguments else ())
+            if not outcome.has_failed:
+                self._hear_far_ranks()
+                if poll is not None:
+                    poll()
+        values = outcome.values()
+        self._usable = True
+        return values
+
+    def _take(self, outcome: Outcome, rank: int, ref: Any, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            well, value = ray.get(ref)
+            (outcome.add if well else outcome.fail)(rank, pickle.loads(value))
+        except RayError as error:  # of the actor, not of what it ran: that comes as a value
+            where = f" (process {self.pids[rank]} on node {self.nodes[rank]})" if self._places else ""
+            is_near = rank not in self._far
+            failed = died(self._specs[rank], f"was lost{where}", method, arguments, self._board, is_current=is_near)
+            outcome.fail(rank, RankFailed(f"{failed}. Ray says: {' '.join(str(error).split())}"))
+
+    def _hear_far_ranks(self) -> None:
+        """Write on the board how far ranks on other nodes are; those of this node do it themselves."""
+        for ref in ray.wait(list(self._beats), num_returns=len(self._beats), timeout=0)[0] if self._beats else ():
+            rank = self._beats.pop(ref)
+            with suppress(RayError):  # a death is told by the call that it ends
+                self._board.heartbeat(rank)(*ray.get(ref))
+        if self._far and not self._beats and time.monotonic() - self._beat_at > _HEARTBEAT_S:
+            self._beat_at = time.monotonic()
+            self._beats = {self._actors[rank].progress.remote(): rank for rank in self._far}
+
+    def close(self) -> None:
+        """End the actors: in good order, or at once if something went wrong."""
+        if self._usable:
+            refs = [actor.stop.remote() for actor in self._actors]
+            ready, late = ray.wait(refs, num_returns=len(refs), timeout=_GRACE_S)
+            if late:
+                logger.warning("%d ranks did not end within %.0f s; they are killed", len(late), _GRACE_S)
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        near = [pid for rank, pid in enumerate(self.pids) if rank not in self._far]
+        ends = time.monotonic() + _GRACE_S
+        # the next ranks use the same scratch folder
+        while any(psutil.pid_exists(pid) for pid in near) and time.monotonic() < ends:
+            time.sleep(POLL_S)
+
+
+def _absolute(value: T) -> T:
+    """The same dataclass with absolute paths, since actors work in another folder."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):  # type: ignore[arg-type]
+        found = getattr(value, field.name)
+        if isinstance(found, Path):
+            changes[field.name] = found.absolute()
+        elif is_dataclass(found):
+            changes[field.name] = _absolute(found)
+    return replace(value, **changes)  # type: ignore[type-var]
+
+
+def _connect(specs: Sequence[RankSpec], address: str | None) -> None:
+    """Join the cluster at `address` or RAY_ADDRESS, or start one on this machine with CPUs for all ranks."""
+    here = Path.cwd()
+    specs[0].scratch.mkdir(parents=True, exist_ok=True)
+    # Ray puts the driver's folder on the path of every worker: ours has folders called `kernels` and `storage`
+    os.chdir(specs[0].scratch)
+    try:
+        if address is not None or "RAY_ADDRESS" in os.environ:
+            ray.init(address, logging_level=logging.WARNING)
+        else:
+            num_cpus = max(os.cpu_count() or 1, sum(spec.threads for spec in specs))
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    finally:
+        os.chdir(here)
+
+
+def _gpus_per_rank(specs: Sequence[RankSpec]) -> float:
+    """A GPU for each rank, or an equal share where there are fewer; ValueError where there is none."""
+    if not specs[0].device.startswith("cuda"):
+        return 0.0
+    count = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if count == 0:
+        raise ValueError(f"device={specs[0].device}, but Ray knows of no GPU in the cluster; set device to cpu")
+    return 1.0 / math.ceil(len(specs) / count)
+
+
+def _reserve(specs: Sequence[RankSpec], gpus: float, strategy: Strategy) -> PlacementGroup:
+    """One bundle per rank; ValueError where the cluster has no room for them in time."""
+    bundles = [{"CPU": float(spec.threads)} | ({"GPU": gpus} if gpus else {}) for spec in specs]
+    group: PlacementGroup = placement_group(bundles, strategy=strategy, name="penstock")
+    patience_s = specs[0].chunked.timeout_s
+    if not group.wait(patience_s):
+        remove_placement_group(group)
+        found = ray.available_resources()  # type: ignore[no-untyped-call]
+        free = {name: found.get(name, 0.0) for name in ("CPU", "GPU")}
+        raise ValueError(
+            f"no room for {len(bundles)} ranks of {bundles[0]} with strategy={strategy} within {patience_s:.0f} s; "
+            f"free in the cluster: {free}; lower threads, stages or parts, add nodes, or raise chunked.timeout_s"
+        )
+    return group
+
+
+@contextmanager
+def open_ray(
+    specs: Sequence[RankSpec],
+    *,
+    address: str | None = None,
+    strategy: Strategy = "PACK",
+    open_rank: str = OPEN_RANK,
+) -> Iterator[RayBackend]:
+    """Start one actor per rank; they have ended when the context is left, and so has Ray if it was started here.
+
+    Ranks on other nodes find the run's files under the same paths. `strategy` is the placement group's, `open_rank` as
+    in `open_processes`. ValueError where the cluster has no room within `chunked.timeout_s`.
+    """
+    specs = [_absolute(spec) for spec in specs]
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(specs, address)
+            stack.callback(ray.shutdown)
+        gpus = _gpus_per_rank(specs)
+        group = _reserve(specs, gpus, strategy)
+        stack.callback(remove_placement_group, group)
+        decorate: Any = ray.remote(concurrency_groups={HEARTBEATS: 1})  # type: ignore[call-overload]  # Ray's types lack it
+        actor_class = decorate(RankActor)
+        path = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
+        if gpus:  # each actor sees the GPU that Ray gives it, and no other
+            specs = [replace(spec, device="cuda:0") for spec in specs]
+        actors = [
+            actor_class.options(
+                num_cpus=spec.threads,
+                num_gpus=gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.rank),
+            ).remote(spec, path)
+            for spec in specs
+        ]
+        ranks = RayBackend(specs, open_board(specs), actors)
+        stack.callback(ranks.close)
+        ranks.start("nccl" if gpus == 1 else "gloo", open_rank)
+        yield ranks

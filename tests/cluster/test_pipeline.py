@@ -1,0 +1,115 @@
+"""Actors on a cluster of two nodes, both of them this machine: what crosses, who is named, and that nothing is left."""
+
+import logging
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from penstock.cluster.pipeline import open_ray
+from penstock.engine.chunked.backend import RankFailed, open_board
+from penstock.engine.chunked.layout import Layout
+from penstock.engine.chunked.schedule import plan_epoch
+from penstock.storage.errors import DataError, DoesNotFit
+
+pytestmark = pytest.mark.ray
+SMALL = "small_ranks:open_small"
+
+
+@pytest.fixture(scope="module")
+def small_ranks() -> Iterator[Any]:
+    """The module of the processes' tests; actors look where the driver does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "engine" / "chunked"))
+        yield import_module("small_ranks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[Cluster]:
+    """Two nodes with two CPUs each."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        found.add_node(num_cpus=2)
+        ray.init(address=found.address, logging_level=logging.WARNING)
+        yield found
+    finally:
+        ray.shutdown()
+        found.shutdown()  # type: ignore[no-untyped-call]
+
+
+def all_go(pids: list[int]) -> bool:
+    """Whether processes end: those of this node have when the context is left, others soon."""
+    ends = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < ends:
+        time.sleep(0.02)
+    return bool(pids) and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def open_groups() -> list[str]:
+    table: dict[str, dict[str, Any]] = placement_group_table()
+    return [name for name, entry in table.items() if entry["state"] != "REMOVED"]
+
+
+def test_ranks_on_two_nodes_tell_how_far_they_are(small_ranks: Any, tmp_path: Path) -> None:
+    specs = small_ranks.small_specs(tmp_path)
+    board, seen = open_board(specs), []
+
+    def poll() -> None:
+        seen.append([done for done, _, _ in board.read()])
+        if seen[-1] == [1, 2]:
+            (tmp_path / "go").touch()
+
+    with open_ray(specs, strategy="STRICT_SPREAD", open_rank=SMALL) as backend:
+        assert len(set(backend.nodes)) == 2
+        backend.call("beat", poll=poll)
+        weights = backend.call("weights", [(1.0,), (2.0,)])
+        assert torch.equal(weights[1]["w"], torch.tensor([[2.0, 4.0], [8.0, 10.0]])) and int(weights[0]["rank"]) == 0
+        payload = 5 * 5 * 4 * sum(rows * columns for rows, columns in small_ranks.SIZES)
+        assert backend.call("run", [("crossfire",)] * 2) == [(payload, []), (payload, [])]
+    assert seen[-1] == [1, 2]
+    assert all_go(backend.pids) and not open_groups()
+    assert {"closed-0", "closed-1"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_killed_actor_is_named_with_its_action(small_ranks: Any, tmp_path: Path) -> None:
+    plan = plan_epoch(Layout(2, 1), epoch=3, order=(1, 0), gradient_mode="stale", recompute=False, defer_weights=True)
+    with open_ray(small_ranks.small_specs(tmp_path), strategy="STRICT_SPREAD", open_rank=SMALL) as backend:
+        near = backend.nodes.index(ray.get_runtime_context().get_node_id())
+        began = time.monotonic()
+        with pytest.raises(RankFailed) as caught:
+            backend.call("train_epoch", [(plan, near, 2)] * 2)
+        assert time.monotonic() - began < 5  # the issue's limit; the ranks' own patience is 60 s
+        with pytest.raises(RuntimeError, match="ranks that failed take no more calls"):
+            backend.call("sleep")
+    text, actions = str(caught.value), plan.actions[near]
+    assert f"rank {near} (stage {near} of 0..1, part 0 of 0..0) was lost (process {backend.pids[near]} on node" in text
+    assert f"during train_epoch of epoch 3, after 2 of {len(actions)} actions, at {actions[2]}" in text
+    assert all_go(backend.pids) and not open_groups()
+
+
+def test_the_error_of_one_rank_is_raised_as_it_is(small_ranks: Any, tmp_path: Path) -> None:
+    with open_ray(small_ranks.small_specs(tmp_path), open_rank=SMALL) as backend:
+        with pytest.raises(DoesNotFit, match="history_memory=5 is too small") as caught:
+            backend.call("refuse", [(1, "DoesNotFit")] * 2)
+        assert caught.value.host_bytes == 7
+    assert all_go(backend.pids)
+    with pytest.raises(DataError, match="is not a graph; ingest one"):
+        with open_ray(small_ranks.small_specs(tmp_path), open_rank="small_ranks:open_badly"):
+            pytest.fail("it opened")
+    assert not open_groups()
+
+
+def test_a_cluster_without_room_is_told(small_ranks: Any, tmp_path: Path) -> None:
+    specs = small_ranks.small_specs(tmp_path, stages=3, threads=2, timeout_s=0.5)
+    with pytest.raises(ValueError, match=r"no room for 3 ranks of \{'CPU': 2.0\} with strategy=PACK within"):
+        with open_ray(specs, open_rank=SMALL):
+            pytest.fail("it opened")
+    assert not open_groups()
