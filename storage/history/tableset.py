@@ -24,6 +24,11 @@ _NUM_BUFFERS: dict[TableKind, int] = {"runs": 2, "messages": 1, "rows": 1}
 _SUFFIX = ".history"
 
 
+def _stored_dtype(kind: TableKind, dtype: HistoryDtype) -> HistoryDtype:
+    """Own rows are never rounded: what is recomputed from them has to come out as it did the first time."""
+    return "float32" if kind == "rows" and dtype == "bfloat16" else dtype
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryConfig:
     """Where histories lie (`auto`: in memory while they fit, then on disk) and what they hold.
@@ -75,7 +80,8 @@ class HistorySet:
     @staticmethod
     def table_bytes(kind: TableKind, sizes: NDArray[Any], width: int, dtype: HistoryDtype) -> TableBytes:
         """Predict a table of `kind` with runs of `sizes` [K, K] (writer, reader); for rows, sizes on the diagonal."""
-        plain, paged = (plan_layout(sizes, width, dtype, paged=paged) for paged in (False, True))
+        stored = _stored_dtype(kind, dtype)
+        plain, paged = (plan_layout(sizes, width, stored, paged=paged) for paged in (False, True))
         return TableBytes(
             memory=_NUM_BUFFERS[kind] * plain.buffer_bytes,
             disk=_NUM_BUFFERS[kind] * paged.buffer_bytes,
@@ -112,7 +118,7 @@ class HistorySet:
         return MessageTable(name, self._place(name, "messages", width))
 
     def row_store(self, name: str, width: int) -> RowStore:
-        """Make a table for own rows of `width`."""
+        """Make a table for own rows of `width`, in float32 where histories are bfloat16."""
         return RowStore(name, self._place(name, "rows", width))
 
     def flush(self) -> None:
@@ -127,7 +133,8 @@ class HistorySet:
             store.forget()
         needs = self.table_bytes(kind, self._sizes[kind], width, self.config.dtype)
         storage = self.config.storage if self.config.storage != "auto" else self._choose(needs)
-        layout = plan_layout(self._sizes[kind], width, self.config.dtype, paged=storage == "disk")
+        dtype = _stored_dtype(kind, self.config.dtype)
+        layout = plan_layout(self._sizes[kind], width, dtype, paged=storage == "disk")
         path = self.path / f"{name}{_SUFFIX}"
         if storage == "disk":
             self._keep_buffers(name, layout.transfer_bytes)

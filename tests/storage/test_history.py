@@ -261,7 +261,7 @@ class Model:
                 self.push(table, chunk, epoch, fresh)
             rows = self.random(int(self.own[chunk]))
             self.inputs.write(chunk, rows)
-            inputs[chunk] = rounded(rows, self.dtype)
+            inputs[chunk] = rows  # in full, whatever the dtype of histories
         for n, chunk in reversed(list(enumerate(order))):
             self.backward(order, n, chunk, epoch)
             out = self.zeros(int(self.own[chunk]))
