@@ -70,12 +70,14 @@ class Case:
     dtype: Any = "float64"
     recompute: bool = True
     history_memory: int = 1 << 26
+    poison: bool = True
     numbers: Iterator[int]
 
     def but(self, **options: Any) -> "Case":
-        """The same with other options, of whatever configuration has them."""
+        """The same with other options, of whatever configuration has them; `parts=1` puts the parts together."""
+        ways = {"parts": options.pop("parts")} if options.get("parts") == 1 else {}
         own = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
-        split = _split_options(options)
+        split = _split_options({**options, **ways})
         if "chunks" in own:
             split["chunked"]["chunks"] = int(own["chunks"].max()) + 1
         for name, config in _CONFIGS.items():
@@ -140,7 +142,7 @@ class Case:
             recompute=self.recompute,
             history_memory=self.history_memory,
             dtype=self.dtype,
-            poison=True,
+            poison=self.poison,
         )
 
     def trainer(self, folder: Path | None = None, evaluate: tuple[Split, ...] = (), **options: Any) -> ChunkedTrainer:
@@ -401,7 +403,7 @@ def make_case(lab_graph: GraphStore, tmp_path: Path, stores: Path) -> Callable[.
     def make(graph: GraphStore = lab_graph, chunks: Any = 4, parts: Any = 1, **options: Any) -> Case:
         rng, num_nodes = np.random.default_rng(5), graph.num_nodes
         if isinstance(chunks, int):
-            chunks = np.minimum(rng.integers(0, chunks, num_nodes), rng.integers(0, chunks, num_nodes))
+            chunks = chunks * rng.random(num_nodes) ** 1.4
         if isinstance(parts, int):
             parts = rng.integers(0, parts, num_nodes)
         chunks, parts = np.asarray(chunks, np.int32), np.asarray(parts, np.int32)
