@@ -16,6 +16,7 @@ from penstock.engine.chunked.footprint import (
     Split,
     cut_pieces,
     history_bytes,
+    resident_history_bytes,
     split_costs,
 )
 from penstock.engine.chunked.layout import Layout, split_stages
@@ -33,7 +34,8 @@ class Choice:
 
     `chunks` is 1 where parts alone are enough: then no row is historical. Bytes sent are per epoch and of all ranks:
     between stages, between parts, and to sum weight gradients. `peak_bytes` is of the rank that needs most;
-    `history_bytes` likewise, in memory or on disk. `fits` says whether the peak is within the budget of a rank.
+    `history_bytes` likewise, in memory or on disk; `resident_history_bytes` is what the peak has for them. `fits` says
+    whether the peak is within the budget of a rank.
     """
 
     kind: Parallelism
@@ -50,6 +52,7 @@ class Choice:
     reduced_bytes: int
     peak_bytes: int
     history_bytes: int
+    resident_history_bytes: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def choose_split(
             reduced_bytes=played.reduced_bytes,
             peak_bytes=max(played.peak_bytes),
             history_bytes=round(float(history_bytes(split, piece, model, config).max())),
+            resident_history_bytes=round(float(resident_history_bytes(split, piece, model, config).max())),
             fits=max(played.peak_bytes) <= memory_bytes,
         )
         if choice.fits:

@@ -22,7 +22,7 @@ from penstock.storage.graph import GraphStore
 from penstock.storage.rows import decode_rows
 from penstock.storage.table import FeatureTable
 
-TRAIN_SHARE = 0.75  # of the feed's memory; the rest is for exact passes, whose packs have no tier
+TRAIN_SHARE = 0.6  # of the feed's memory; the rest is for exact passes, whose packs have no tier
 
 
 class FeatureSource(Protocol):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.simulate import Costs
+from penstock.storage.directio import PAGE
 
 _EDGE_BYTES = 16  # sources of a block and of its transpose, int32, with the edges' places
 _ROW_BYTES = 32  # per own or halo row: id, degree, offsets, and what addresses its gradient
@@ -181,12 +182,22 @@ def history_bytes(split: Split, piece: Piece, model: ModelFacts, config: Chunked
     """Bytes of every rank's history tables, [ranks], wherever they are.
 
     Two buffers of runs and one of messages per hidden layer, two stores of own rows for exact passes, and one to
-    recompute from.
+    recompute from; stores are never in half precision.
     """
     itemsize = _history_itemsize(model, config)
     runs = (2 + _has_messages(split, config)) * split.layers * piece.halo.sum() * model.width * itemsize
-    stores = (2 + _keeps_entries(split)) * piece.own.sum() * model.state_bytes / model.itemsize * itemsize
+    stores = (2 + _keeps_entries(split)) * piece.own.sum() * model.state_bytes
     return np.asarray(runs + stores)
+
+
+def resident_history_bytes(split: Split, piece: Piece, model: ModelFacts, config: ChunkedConfig) -> NDArray[np.float64]:
+    """Memory that every rank's histories take, [ranks]: all of them, or transfer buffers of those on disk."""
+    if split.in_memory:
+        return history_bytes(split, piece, model, config)
+    row_bytes = model.width * model.itemsize
+    widest = max(piece.halo.max() * row_bytes, piece.own.max() * model.state_bytes)
+    region = widest + len(piece.own) * PAGE  # runs lie on pages of their own
+    return np.full(split.layout.num_ranks, _BUFFERS * region)
 
 
 def _traffic_bytes(split: Split, piece: Piece, model: ModelFacts, config: ChunkedConfig) -> NDArray[np.float64]:
@@ -194,18 +205,14 @@ def _traffic_bytes(split: Split, piece: Piece, model: ModelFacts, config: Chunke
     itemsize = _history_itemsize(model, config)
     passes = 2 + split.recompute + 2 * _has_messages(split, config)
     runs = np.outer(passes * split.layers, piece.halo * model.width * itemsize)
-    entries = np.outer(2 * _keeps_entries(split), piece.own * model.state_bytes / model.itemsize * itemsize)
+    entries = np.outer(2 * _keeps_entries(split), piece.own * model.state_bytes)
     return np.asarray(runs + entries)
 
 
 def _constant_bytes(split: Split, piece: Piece, model: ModelFacts, config: ChunkedConfig) -> NDArray[np.int64]:
-    row_bytes = model.width * model.itemsize
     topology = (piece.edges * _EDGE_BYTES + piece.own * _ROW_BYTES + piece.halo * (_ROW_BYTES + _SEND_BYTES)).sum()
     features = _LOADED_CHUNKS * (piece.own + piece.halo).max() * model.num_features * model.itemsize
-    if split.in_memory:
-        history = history_bytes(split, piece, model, config)
-    else:
-        history = np.full(split.layout.num_ranks, _BUFFERS * max(piece.halo.max(), piece.own.max()) * row_bytes)
+    history = resident_history_bytes(split, piece, model, config)
     constant = topology + features * (split.stages == 0) + history + _STATE_COPIES * model.parameter_bytes
     return np.asarray(constant.round(), np.int64)
 

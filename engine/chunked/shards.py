@@ -3,7 +3,7 @@
 | file | holds | written by |
 |---|---|---|
 | `stage-000.safetensors` | tensors `model/<name>`, `optimizer/<name>/<state>`, `best/<name>` | part 0 |
-| `history-3.part-000.<array>.npy` | arrays of one layer's table, as `RunTable.export` gives them | the rank that has it |
+| `history-3.part-000.<array>.npy` | arrays of a layer's table, by `RunTable.export` | the rank that has it |
 | `messages-3.part-000.<array>.npy` | likewise, of gradients | the same |
 
 Histories belong to one cut of the graph: they are read again only with the same chunks and parts, by any number

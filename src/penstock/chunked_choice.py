@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.estimate import Choice, choose_split, compare_splits, pick
+from penstock.engine.chunked.features import TRAIN_SHARE
 from penstock.engine.chunked.footprint import GraphFacts, ModelFacts, Profile
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.ownership import hidden_layers, hidden_width
@@ -20,7 +23,8 @@ from penstock.storage.chunks import ChunkStore
 from penstock.storage.errors import DoesNotFit
 
 _FEATURE_SHARE = 0.4  # of the host memory: features up to this are kept in memory
-_FEED_SHARE = 0.25  # of the host memory, for tiers and buffers of features in packs
+_FEED_SHARE = 0.25  # of the host memory, for tiers and buffers of features in packs, or what the largest chunk needs
+_BATCHES = 2.1  # of the largest chunk that a feed holds, as extents and again as rows, with what belongs to them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +37,22 @@ class Sizes:
     feed_bytes: int
 
 
-def _feature_bytes(run: Run, chunks: ChunkStore, model: nn.Module) -> int:
-    """All chunks' features as float32, with halos where layer 0 aggregates."""
-    halo = first_hidden(model) == 1
+def _feature_rows(chunks: ChunkStore, model: nn.Module) -> NDArray[np.int64]:
+    """Rows of features that every chunk reads, int64 [parts, K]: with halos where layer 0 aggregates."""
     parts = [chunks.part(part) for part in range(chunks.meta.num_parts)]
-    rows = sum(int(part.own_sizes.sum()) + halo * int(part.halo_sizes.sum()) for part in parts)
-    return rows * run.graph.meta.num_features * 4
+    return np.array([part.own_sizes + (first_hidden(model) == 1) * part.halo_sizes for part in parts])
 
 
 def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["memory", "packs"], int]:
-    """Where features come from, and the bytes that they take or may take."""
-    host, wanted = run.budgets.host_bytes, _feature_bytes(run, chunks, model)
+    """Where features come from, and the bytes that they take or may take, over all parts."""
+    host, rows = run.budgets.host_bytes, _feature_rows(chunks, model)
+    float_bytes = 4 * run.graph.meta.num_features
+    wanted = int(rows.sum()) * float_bytes
     if run.config.feed == "memory" or wanted <= _FEATURE_SHARE * host:
         return "memory", wanted
-    return "packs", int(_FEED_SHARE * host)
+    largest = int(rows.max()) * (float_bytes + run.graph.row_format.row_bytes) * _BATCHES
+    least = largest / min(TRAIN_SHARE, 1 - TRAIN_SHARE) * chunks.meta.num_parts  # two feeds, of epochs and exact passes
+    return "packs", int(max(_FEED_SHARE * host, least))
 
 
 def _graph_facts(stores: dict[int, ChunkStore]) -> GraphFacts:
@@ -93,7 +99,7 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
     """
     features, feature_bytes = _share(run, chunks, model)
     layout = Layout(config.stages, config.parts)
-    rank_bytes = (run.budgets.host_bytes - feature_bytes) // layout.num_ranks
+    rank_bytes = max(0, run.budgets.host_bytes - feature_bytes) // layout.num_ranks
     profile = _profile(run, chunks, config, model, layout.num_ranks)
     facts = _graph_facts({config.parts: chunks})
     choice = choose_split(layout, facts, _model_facts(run, model), profile, config, rank_bytes)
@@ -105,11 +111,10 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
             f"{needed} or more, or more chunks",
             host_bytes=needed,
         )
-    held = choice.peak_bytes - (choice.history_bytes if choice.histories_in_memory else 0)
     return Sizes(
         features=features,
         recompute=choice.recompute,
-        history_bytes=rank_bytes - held,
+        history_bytes=rank_bytes - choice.peak_bytes + choice.resident_history_bytes,
         feed_bytes=0 if features == "memory" else feature_bytes // config.parts,
     )
 
