@@ -44,7 +44,7 @@ class ChunkedConfig(BaseModel):
     recompute: Literal["auto", "always", "never"] = "auto"
     defer_weights: bool = True
     shuffle_chunks: bool = True
-    cycle_orders: Annotated[int, Field(ge=1)] = 2
+    cycle_orders: Annotated[int, Field(ge=1)] = 4
     checkpoint: Literal["full", "light"] = "full"
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
 

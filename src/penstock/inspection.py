@@ -11,6 +11,7 @@ import yaml
 
 from penstock.display import print_table
 from penstock.storage.budget import format_bytes
+from penstock.storage.chunks import open_chunks, validate_chunks
 from penstock.storage.directio import DirectFile, aligned_buffer
 from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import open_graph
@@ -90,6 +91,22 @@ def describe_packs(path: Path, *, validate: bool) -> Description:
     }
 
 
+def describe_chunks(path: Path, *, validate: bool) -> Description:
+    """A graph in chunks: how it was cut, and how many rows chunks read of each other."""
+    if validate:
+        validate_chunks(path)
+    store = open_chunks(path)
+    parts = [store.part(part) for part in range(store.meta.num_parts)]
+    return {
+        "kind": "chunks",
+        **asdict(store.meta),
+        "halo_rows": sum(int(part.halo_sizes.sum()) for part in parts),
+        "largest_chunk_nodes": max(int(part.own_sizes.max()) for part in parts),
+        "largest_chunk_edges": max(int(part.edge_sizes.max()) for part in parts),
+        "validated": validate,
+    }
+
+
 def describe_run(path: Path, *, validate: bool) -> Description:
     """A run folder: its result, and its packs where they are."""
     config = yaml.safe_load((path / "config.yaml").read_text())
@@ -98,6 +115,7 @@ def describe_run(path: Path, *, validate: bool) -> Description:
     packs = describe_packs(path / "packs", validate=validate) if (path / "packs" / "packset.json").is_file() else {}
     return {
         "kind": "run",
+        "mode": config.get("mode", "sampled"),
         "status": result["status"],
         "dataset": config["dataset"],
         "metrics": result.get("metrics", {}),
@@ -122,8 +140,10 @@ def describe(path: Path, *, validate: bool = False) -> Description:
             return describe_graph(path, validate=validate)
         if format == "penstock/trace":
             return describe_trace(path, validate=validate)
+        if format == "penstock/chunks":
+            return describe_chunks(path, validate=validate)
     raise DataError(
-        f"{path} is no graph store, trace, pack set or run: it has none of {MANIFEST}, packset.json, config.yaml; "
+        f"{path} is no graph store, trace, pack set, cut graph or run: it has none of {MANIFEST}, packset.json, config.yaml; "
         "if a step was cut off there, run the same command again"
     )
 
