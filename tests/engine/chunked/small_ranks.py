@@ -60,7 +60,7 @@ def _tensor(source: int, destination: int, channel: str, number: int, shape: tup
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def crossfire(transport: Transport, num_ranks: int) -> tuple[int, list[str]]:
+def crossfire(transport: Transport, num_ranks: int, device: str = "cpu") -> tuple[int, list[str]]:
     """Send 30 tensors on every lane at once; bytes sent, and what arrived other than it should."""
     peers = [peer for peer in range(num_ranks) if peer != transport.rank]
     lanes = [(peer, channel) for peer in peers for channel in CHANNELS]
@@ -71,10 +71,11 @@ def crossfire(transport: Transport, num_ranks: int) -> tuple[int, list[str]]:
             transport.expect(peer, channel, shape, torch.float32)
     for number, shape in items:
         for peer, channel in lanes:
-            transport.send(peer, channel, _tensor(transport.rank, peer, channel, number, shape))
+            transport.send(peer, channel, _tensor(transport.rank, peer, channel, number, shape).to(device))
     for peer, channel in reversed(lanes):
         for number, shape in items:
-            if not torch.equal(transport.receive(peer, channel), _tensor(peer, transport.rank, channel, number, shape)):
+            found, wanted = transport.receive(peer, channel), _tensor(peer, transport.rank, channel, number, shape)
+            if found.device.type != torch.device(device).type or not torch.equal(found.cpu(), wanted):
                 wrong.append(f"{peer} -> {transport.rank} {channel} {number}")
     transport.flush()
     return transport.bytes_sent - before, wrong
@@ -141,6 +142,9 @@ class SmallRank:
 
     def run(self, script: str) -> Any:
         return SCRIPTS[script](self.transport, self.spec.layout.num_ranks)
+
+    def crossfire_on_device(self) -> tuple[int, list[str]]:
+        return crossfire(self.transport, self.spec.layout.num_ranks, self.spec.device)
 
     def surroundings(self) -> dict[str, Any]:
         print("this is not for the user's stdout")

@@ -124,6 +124,14 @@ def test_children_end_with_a_killed_parent_and_do_not_run_its_script(small_ranks
     assert stdout == "" and "this is not for the user's stdout" in stderr
 
 
+def test_ranks_on_cuda_need_a_gpu(small_ranks: Any, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device=cuda, but this machine has no CUDA device; set device to cpu"):
+        with open_processes(small_ranks.small_specs(tmp_path, device="cuda")):
+            pytest.fail("it opened")
+
+
 def test_errors_cross_as_what_they_are_or_as_text(small_ranks: Any, tmp_path: Path) -> None:
     spec = small_ranks.small_specs(tmp_path)[1]
     full = OSError(28, "No space left on device", "history")

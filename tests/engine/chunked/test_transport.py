@@ -47,6 +47,18 @@ def test_lanes_keep_their_order_with_everything_under_way_at_once(run_script: Ru
     assert run_script("crossfire") == [(payload, []), (payload, [])]
 
 
+@pytest.mark.gpu
+def test_lanes_of_ranks_that_share_gpus_keep_their_order(small_ranks: Any, tmp_path: Path) -> None:
+    """One rank more than there are GPUs, so rows are staged in host memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    others = torch.cuda.device_count()
+    specs = small_ranks.small_specs(tmp_path, stages=others + 1, device="cuda")
+    payload = others * 5 * 5 * 4 * sum(rows * columns for rows, columns in small_ranks.SIZES)
+    with open_processes(specs, open_rank="small_ranks:open_small") as backend:
+        assert backend.call("crossfire_on_device") == [(payload, [])] * (others + 1)
+
+
 def test_large_tensors_cross_each_other(run_script: RunScript, small_ranks: Any) -> None:
     sent = 8 * 4 * small_ranks.LARGE[0] * small_ranks.LARGE[1]
     assert run_script("large_both_ways") == [(sent, True), (sent, True)]
