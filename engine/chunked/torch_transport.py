@@ -33,7 +33,7 @@ class TorchTransport:
     """
 
     def __init__(
-        self, timeout_s: float, *, device: torch.device, groups: dict[tuple[bool, bool], Any] | None = None
+        self, timeout_s: float, *, device: torch.device, groups: dict[tuple[str, bool], Any] | None = None
     ) -> None:
         self.rank, self.bytes_sent, self.wait_s = dist.get_rank(), 0, 0.0
         self._timeout_s, self._device, self._groups = timeout_s, device, groups
@@ -60,7 +60,7 @@ class TorchTransport:
         self._posted.setdefault((peer, channel), deque()).append((work, tensor))
 
     def _post(self, call: Any, tensor: Tensor, peer: int, channel: str, *, is_up: bool) -> Any:
-        group = None if self._groups is None else self._groups[is_up, channel == "reduce"]
+        group = None if self._groups is None else self._groups[channel, is_up]
         try:
             return call(tensor, peer, group=group, tag=_TAGS[channel])
         except RuntimeError as error:
@@ -99,27 +99,33 @@ class TorchTransport:
         self._posted.clear()
 
 
-def _nccl_groups(rank: int, layout: Layout, device: torch.device) -> dict[tuple[bool, bool], Any]:
-    """Groups by (does the sender have the lower number, is it a reduction), with their connections made.
+def _lanes(layout: Layout, low: int, high: int) -> list[tuple[str, bool]]:
+    """What two ranks, `low` the lower, send each other in training: channels, and whether `low` is the sender."""
+    lanes: list[tuple[str, bool]] = []
+    if layout.next_rank(low) == high:
+        lanes += [("forward", True), ("exact", True), ("backward", False)]
+    if high in layout.peers(low):
+        lanes += [("halo", True), ("halo", False)]
+    if lanes or layout.part_of(low) == layout.part_of(high):
+        lanes += [("reduce", True), ("reduce", False)]
+    return lanes
+
+
+def _nccl_groups(rank: int, layout: Layout, device: torch.device) -> dict[tuple[str, bool], Any]:
+    """Groups by channel and whether the lower rank is the sender, with the connections of training made.
 
     What NCCL does on one connection happens in the order in which it was posted, receives too: two ranks that both post
-    a receive and then send would wait for ever. So each direction has its own, and so have reductions, which a rank
-    posts before or after what is expected on the other lanes. The first use of a connection waits for the other rank;
-    so all are made here, in an order that is the same everywhere.
+    a receive and then send would wait for ever. So each direction of each channel has its own group. The first use of a
+    connection waits for the other rank; so all are made here, in an order that is the same everywhere.
     """
     everyone = list(range(layout.num_ranks))
-    groups = {key: dist.new_group(everyone) for key in [(True, False), (False, False), (True, True), (False, True)]}
+    groups = {(channel, is_up): dist.new_group(everyone) for channel in _TAGS for is_up in (True, False)}
     token = torch.zeros(1, device=device)
     for low in everyone:
         for high in everyone[low + 1 :]:
-            same_part = layout.part_of(low) == layout.part_of(high)
-            if rank not in (low, high) or not (same_part or high in layout.peers(low)):
-                continue
-            for (is_up, _), group in groups.items():
-                if is_up == (rank == low):
-                    dist.send(token, high + low - rank, group=group)
-                else:
-                    dist.recv(token, high + low - rank, group=group)
+            for channel, is_up in _lanes(layout, low, high) if rank in (low, high) else ():
+                call = dist.send if is_up == (rank == low) else dist.recv
+                call(token, low + high - rank, group=groups[channel, is_up])
     torch.cuda.synchronize(device)
     return groups
 
