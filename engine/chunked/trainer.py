@@ -18,9 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.engine.checkpoint import delete_checkpoints
-from penstock.engine.chunked.backend import Backend, OpenBackend, open_board
-from penstock.engine.chunked.checkpoints import begin_checkpoint, publish_checkpoint, read_latest
+from penstock.engine.checkpoint import delete_checkpoints, pack_tensors
+from penstock.engine.chunked.backend import OpenBackend, RankFailed, open_board
+from penstock.engine.chunked.checkpoints import (
+    ChunkedCheckpoint,
+    begin_checkpoint,
+    publish_checkpoint,
+    read_latest,
+)
 from penstock.engine.chunked.schedule import EpochPlan, chunk_order, plan_epoch, plan_exact
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
 from penstock.engine.chunked.telemetry import epoch_record
@@ -30,6 +35,7 @@ from penstock.engine.optim import learning_rate
 from penstock.engine.trainer import Stopped
 from penstock.storage.chunks import open_chunks
 from penstock.storage.graph import Split, open_graph
+from penstock.storage.manifest import write_atomic
 from penstock.storage.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -116,25 +122,23 @@ class ChunkedTrainer:
         """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when
         asked.
 
-        RankFailed where a rank died, ValueError for a loss that is not finite or a checkpoint of another run.
+        RankFailed where ranks died more than `chunked.retries` times, ValueError for a loss that is not finite or a
+        checkpoint of another run.
         """
         if not resume:
             delete_checkpoints(self._checkpoints)
-        found = read_latest(self._checkpoints)
-        if found is not None:
-            self._check_identity(found.state["identity"], found.path)
-            self.state = ChunkedState(**found.state["state"])
-        resumed_from, self._saved = self.state.epochs_done, (self.state.epochs_done, time.monotonic())
-        with (
-            self._open_backend(self.specs) as self._backend,
-            MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics,
-        ):
-            self._start(None if found is None else found.path, None if found is None else found.state["full"])
-            while not self._finished:
-                self._epoch()
-            weights: dict[str, Tensor] = {}
-            for part in self._call("weights", [(True,)] * self.layout.num_ranks)[: self.layout.stages]:
-                weights |= part
+        resumed_from: int | None = None
+        for retries_left in range(self.chunked.retries, -1, -1):
+            found = self._restore()
+            resumed_from = self.state.epochs_done if resumed_from is None else resumed_from
+            try:
+                weights = self._attempt(found)
+                break
+            except RankFailed as error:
+                if not retries_left:
+                    raise
+                logger.warning("%s; starting all ranks anew from epoch %d", error, self._saved[0])
+        assert resumed_from is not None
         return ChunkedResult(
             weights=weights,
             state=self.state,
@@ -146,6 +150,30 @@ class ChunkedTrainer:
             checkpoint_s=self._times["checkpoint"],
             history_errors=self._errors,
         )
+
+    def _restore(self) -> ChunkedCheckpoint | None:
+        """Take the driver's state from the newest checkpoint, or begin."""
+        found = read_latest(self._checkpoints)
+        self.state = ChunkedState()
+        if found is not None:
+            self._check_identity(found.state["identity"], found.path)
+            self.state = ChunkedState(**found.state["state"])
+        self._saved = (self.state.epochs_done, time.monotonic())
+        return found
+
+    def _attempt(self, found: ChunkedCheckpoint | None) -> dict[str, Tensor]:
+        """Start ranks, train to the end, and bring the weights together."""
+        with (
+            self._open_backend(self.specs) as self._backend,
+            MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics,
+        ):
+            self._start(None if found is None else found.path, None if found is None else found.state["full"])
+            while not self._finished:
+                self._epoch()
+            weights: dict[str, Tensor] = {}
+            for part in self._call("weights", [(True,)] * self.layout.num_ranks)[: self.layout.stages]:
+                weights |= part
+        return weights
 
     @property
     def _finished(self) -> bool:
@@ -168,7 +196,7 @@ class ChunkedTrainer:
         if restores or self._finished:
             return
         if self.chunked.starts_exact or checkpoint is not None:
-            self._exact(keep=True, splits=())
+            self._exact(keep=True, splits=(), compares=False)
         else:
             self._call("start_cold")
 
@@ -255,13 +283,13 @@ class ChunkedTrainer:
             self._call("keep_best")
         state.stopped_early = train.patience is not None and not last and epoch - state.best_epoch >= train.patience
 
-    def _exact(self, *, keep: bool, splits: tuple[Split, ...]) -> dict[Split, Metrics]:
-        """Run an exact pass after the epochs done so far."""
+    def _exact(self, *, keep: bool, splits: tuple[Split, ...], compares: bool = True) -> dict[Split, Metrics]:
+        """Run an exact pass after the epochs done so far; it `compares` histories where there are some."""
         began = time.perf_counter()
         epoch = len(self.state.losses) - 1  # the version of rows that come before the next epoch
         plan = plan_exact(self.layout, self._stage_layers(), self._num_chunks, epoch)
         validate_plan(plan, self.layout, period=self.chunked.period)
-        sampled = max(0, epoch) % self._num_chunks if epoch >= 0 and self.state.losses else None
+        sampled = epoch % self._num_chunks if compares else None
         self._board.reset()
         reports: list[ExactReport] = self._call("exact_pass", [(plan, keep, splits, sampled)] * self.layout.num_ranks)
         totals = {split: Counts(self._num_classes) for split in splits}
@@ -313,11 +341,6 @@ class ChunkedTrainer:
 
 def initial_weights(path: Path, model: torch.nn.Module) -> Path:
     """Write what all ranks start from."""
-    import safetensors.torch
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({k: t.detach().contiguous().clone() for k, t in model.state_dict().items()}, path)
+    write_atomic(path, pack_tensors(model.state_dict()))
     return path
-
-
-__all__ = ["Backend", "ChunkedResult", "ChunkedState", "ChunkedTrainer", "initial_weights"]
