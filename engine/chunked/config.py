@@ -19,7 +19,8 @@ class ChunkedConfig(BaseModel):
     `zero`, stay as they are for `history_period` epochs, and are made exact every `refresh_every` epochs (0: never).
     `gnnpipe` starts from zero and keeps histories for 23 epochs unless told otherwise. `cycle_orders` distinct chunk
     orders are cycled. `light` checkpoints have no histories and start from exact ones. `devices` (ranks in all) lets
-    the planner choose stages and parts. A rank whose peer is silent for `timeout_s` fails.
+    the planner choose stages and parts. A rank whose peer is silent for `timeout_s` fails; a rank that died or failed
+    so ends the run, or, up to `retries` times, all ranks start anew from the newest checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +48,7 @@ class ChunkedConfig(BaseModel):
     cycle_orders: Annotated[int, Field(ge=1)] = 4
     checkpoint: Literal["full", "light"] = "full"
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    retries: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ChunkedConfig":

@@ -48,10 +48,10 @@ def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["mem
     host, rows = run.budgets.host_bytes, _feature_rows(chunks, model)
     float_bytes = 4 * run.graph.meta.num_features
     wanted = int(rows.sum()) * float_bytes
-    if run.config.feed == "memory" or wanted <= _FEATURE_SHARE * host:
-        return "memory", wanted
     largest = int(rows.max()) * (float_bytes + run.graph.row_format.row_bytes) * _BATCHES
     least = largest / min(TRAIN_SHARE, 1 - TRAIN_SHARE) * chunks.meta.num_parts  # two feeds, of epochs and exact passes
+    if run.config.feed == "memory" or wanted <= max(_FEATURE_SHARE * host, least):
+        return "memory", wanted
     return "packs", int(max(_FEED_SHARE * host, least))
 
 

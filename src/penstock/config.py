@@ -124,6 +124,7 @@ _MAY_CHANGE = {
     "chunked.history_storage",
     "chunked.parts",
     "chunked.recompute",
+    "chunked.retries",
     "chunked.stages",
     "chunked.timeout_s",
     "train.checkpoint_items",

@@ -1,0 +1,184 @@
+"""Full-graph training from the command line: what it leaves, that it survives kills, and that movement changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from penstock.config import load_config
+from penstock.storage.budget import MIB
+from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.training import train
+
+SHAPE = ["--mode", "chunked", "--chunks", "6", "--layers", "3", "--hidden", "16", "--threads", "1", "--quiet"]
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "penstock", *map(str, words)]
+
+
+def penstock(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    return subprocess.run(command(*words), capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("chunked") / "graph"
+    config = GenerateConfig(num_nodes=4000, num_features=128, avg_degree=6, train=0.3, valid=0.05, test=0.1)
+    generate_graph(out, config, host_memory=64 * MIB)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(graph: Path) -> Path:
+    run = graph.parent / "run"
+    words = ["--model", "gcnii", "--stages", "2", "--epochs", "12", "--lr", "0.01", "--set", "model.dropout=0"]
+    done = penstock("train", graph, "--run-dir", run, *SHAPE, *words)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_train_leaves_its_files(trained: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    assert result["status"] == "ok" and result["config"]["mode"] == "chunked"
+    losses = result["metrics"]["train_losses"]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    for path in result["artefacts"].values():
+        assert Path(path).exists()
+    assert (trained / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert [rank["stage"] for rank in result["ranks"]] == [0, 1]
+    sent = sum(rank["sent_bytes"] for rank in result["ranks"])
+    assert sent == 2 * 2 * 4000 * 16 * 4  # forward and backward, hidden and initial rows, of one boundary
+    assert result["schedule"]["stages"] == 2 and result["chunks"]["num_chunks"] == 6
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
+    assert all(0 <= line["bubble"] < 1 and line["row_age_max"] == 1 for line in lines)
+    assert lines[-1]["history_error_1"] > 0
+
+
+def test_a_second_run_is_done_and_another_configuration_is_refused(graph: Path, trained: Path) -> None:
+    before = (trained / "result.json").read_bytes()
+    words = ["--model", "gcnii", "--epochs", "12", "--lr", "0.01", "--set", "model.dropout=0"]
+    done = penstock("train", graph, "--run-dir", trained, *SHAPE, *words, "--stages", "1")
+    assert done.returncode == 0 and (trained / "result.json").read_bytes() == before
+    done = penstock("train", graph, "--run-dir", trained, *SHAPE, *words, "--gradient-mode", "drop")
+    assert done.returncode == 2 and "chunked.gradient_mode" in done.stderr
+
+
+def test_infer_and_inspect_know_the_run(graph: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    assert penstock("infer", trained, out, "--quiet").returncode == 0
+    assert pq.read_metadata(out).num_rows == 4000
+    done = penstock("inspect", trained / "chunks" / "6x1", "--validate", "--json")
+    assert json.loads(done.stdout)["num_chunks"] == 6
+    assert json.loads(penstock("inspect", trained, "--json").stdout)["mode"] == "chunked"
+
+
+def test_plan_compares_splits_and_train_takes_one(graph: Path, tmp_path: Path) -> None:
+    words = ["--run-dir", tmp_path / "run", *SHAPE, "--model", "gcnii", "--devices", "2", "--epochs", "1"]
+    done = penstock("plan", graph, *words, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {choice["kind"] for choice in found["choices"]} == {"pipeline", "graph"}
+    assert all(choice["epoch_s"] > 0 and choice["peak_bytes"] > 0 for choice in found["choices"])
+    assert penstock("train", graph, *words).returncode == 0
+    chosen = json.loads((tmp_path / "run" / "chunked.json").read_text())
+    assert chosen["stages"] * chosen["parts"] == 2
+
+
+def test_a_memory_budget_that_is_too_small_is_exit_code_4_with_the_one_that_does(graph: Path, tmp_path: Path) -> None:
+    words = ["--run-dir", tmp_path / "run", *SHAPE, "--model", "gcn", "--epochs", "1", "--set", "chunked.partition=ldg"]
+    done = penstock("train", graph, *words, "--host-memory", "4MiB")
+    assert done.returncode == 4 and "use --host-memory " in done.stderr
+    enough = done.stderr.split("use --host-memory ")[1].split()[0]
+    done = penstock("train", graph, *words, "--host-memory", enough, "--force")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gcnii"])
+def test_packs_and_histories_on_disk_give_the_weights_of_memory(graph: Path, tmp_path: Path, kind: str) -> None:
+    """gcn reads features of halos, gcnii of own rows only."""
+    flags = {
+        "dataset": graph,
+        "mode": "chunked",
+        "chunked.chunks": 40,
+        "chunked.partition": "ldg",
+        "model.kind": kind,
+        "model.hidden": 16,
+        "train.epochs": 5,
+        "train.threads": 1,
+    }
+    disk = {
+        "run_dir": tmp_path / "disk",
+        "budgets.host_memory": 7 * MIB if kind == "gcn" else 4 * MIB,
+        "chunked.history_storage": "disk",
+    }
+    found = train(load_config(flags={**flags, **disk}))
+    assert found["schedule"]["features"] == "packs" and found["schedule"]["recompute"]
+    assert found["ranks"][0]["history_read_bytes"] > 0
+    found = train(load_config(flags={**flags, "run_dir": tmp_path / "memory", "feed": "memory"}))
+    assert found["schedule"]["features"] == "memory" and found["ranks"][0]["history_read_bytes"] == 0
+    assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
+
+
+@pytest.mark.slow
+def test_kills_and_other_stages_leave_the_same_weights(graph: Path, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    every_epoch = ["--set", "train.checkpoint_items=1", "--epochs", "60", "--model", "sage"]
+    assert penstock("train", graph, "--run-dir", straight, *SHAPE, *every_epoch).returncode == 0
+    for stages in ("1", "3", "2"):
+        words = command("train", graph, "--run-dir", killed, *SHAPE, *every_epoch, "--stages", stages)
+        newest = sorted((killed / "checkpoints").glob("step-*"))[-1:]
+        with subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 120
+            while sorted((killed / "checkpoints").glob("step-*"))[-1:] == newest and process.poll() is None:
+                assert time.monotonic() < deadline, "no checkpoint came"
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+    done = penstock("train", graph, "--run-dir", killed, *SHAPE, *every_epoch)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((killed / "result.json").read_text())["resumed_from"] >= 1
+    assert weights(killed) == weights(straight)
+    losses = [json.loads((run / "result.json").read_text())["metrics"]["train_losses"] for run in (killed, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_writes_a_checkpoint_and_another_number_of_parts_goes_on(graph: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", graph, "--run-dir", run, *SHAPE, "--model", "sage", "--epochs", "200"]
+    with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < deadline and process.poll() is None, "no epoch came"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "stopped"
+    assert list((run / "checkpoints").glob("step-*/state.json"))
+    done = penstock(*words, "--parts", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["resumed_from"] >= 1
+
+
+def test_a_users_deep_model_trains_on_the_whole_graph(graph: Path, tmp_path: Path) -> None:
+    examples = str(Path(__file__).parents[2] / "examples")
+    words = ["--set", "model.kind=custom", "--set", "model.module=deep_custom_model:DeepNet", "--epochs", "8"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": examples}
+    shape = [word for n, word in enumerate(SHAPE) if "--layers" not in SHAPE[max(0, n - 1) : n + 1]]
+    line = command("train", graph, "--run-dir", tmp_path / "run", *shape, *words, "--stages", "2", "--lr", "0.01")
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["train_losses"]
+    assert losses[-1] < losses[0]
