@@ -143,8 +143,8 @@ def describe(path: Path, *, validate: bool = False) -> Description:
         if format == "penstock/chunks":
             return describe_chunks(path, validate=validate)
     raise DataError(
-        f"{path} is no graph store, trace, pack set, cut graph or run: it has none of {MANIFEST}, packset.json, config.yaml; "
-        "if a step was cut off there, run the same command again"
+        f"{path} is no graph store, trace, pack set, cut graph or run: it has none of {MANIFEST}, packset.json, "
+        "config.yaml; if a step was cut off there, run the same command again"
     )
 
 

@@ -38,7 +38,7 @@ def find_backend(name: str) -> OpenBackend:
 
 
 def trainer(
-    graph: GraphStore, folder: Path, open_backend: OpenBackend, *, parts: int, device: str = "cpu"
+    graph: GraphStore, folder: Path, open_backend: OpenBackend, *, parts: int, device: str = "cpu", retries: int = 0
 ) -> ChunkedTrainer:
     """GCNII of 4 layers in 2 stages over 4 chunks, with dropout and clipped gradients."""
     partition = PartitionConfig(chunks=4, parts=parts, method="random")
@@ -53,7 +53,7 @@ def trainer(
         model=model,
         model_config=model_config,
         train=TrainConfig(epochs=4, device=device, evaluate_every=2, checkpoint_items=1, grad_clip=0.5),
-        chunked=ChunkedConfig(chunks=4, stages=2, parts=parts, timeout_s=60.0),
+        chunked=ChunkedConfig(chunks=4, stages=2, parts=parts, timeout_s=60.0, retries=retries),
         features=[FeatureSpec(kind="memory")] * parts,
         recompute=True,
         history_memory=1 << 26,
@@ -138,4 +138,20 @@ def test_a_killed_stage_is_named_and_the_rerun_ends_the_same(tiny_graph: GraphSt
         trainer(tiny_graph, tmp_path / name, open_killed(find_backend(name)), parts=1).run()
     found = trainer(tiny_graph, tmp_path / name, open_threads, parts=1).run()
     assert found.resumed_from == 2
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["processes", RAY])
+def test_with_retries_the_run_goes_on_by_itself(tiny_graph: GraphStore, tmp_path: Path, name: str) -> None:
+    wanted = trainer(tiny_graph, tmp_path / "threads", open_threads, parts=1).run()
+    opened: list[Any] = []
+
+    @contextmanager
+    def killed_once(specs: Sequence[RankSpec]) -> Iterator[Any]:
+        with find_backend(name)(specs) as backend:
+            opened.append(backend)
+            yield Killed(backend, specs) if len(opened) == 1 else backend
+
+    found = trainer(tiny_graph, tmp_path / name, killed_once, parts=1, retries=1).run()
+    assert len(opened) == 2
     assert_same(found, wanted)

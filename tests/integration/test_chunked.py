@@ -1,4 +1,4 @@
-"""Full-graph training from the command line: what it leaves, that it survives kills, and that movement changes nothing."""
+"""Full-graph training from the command line: what it leaves, what it survives, and that movement changes nothing."""
 
 import json
 import os
