@@ -64,10 +64,11 @@ def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
     if config.devices is None or (config.stages, config.parts) != (1, 1):
         return config
     path = run.path / _CHOICE
-    if not path.is_file():
+    value = read_json(path) if path.is_file() else {}
+    if value.get("devices") != config.devices:
         choice = choose_ranks(run, model, lambda parts: cut_graph(run, parts))
-        write_json(path, {"stages": choice.stages, "parts": choice.parts})
-    value = read_json(path)
+        value = {"devices": config.devices, "stages": choice.stages, "parts": choice.parts}
+        write_json(path, value)
     return config.resolved(value["stages"], value["parts"])
 
 
