@@ -1,4 +1,4 @@
-"""What must not change results: stages, recomputation, deferred weights, where histories lie; parts but for rounding."""
+"""What must not change results: stages, recomputation, deferred weights, storage of histories; parts but for sums."""
 
 from collections.abc import Callable
 from itertools import product
@@ -30,20 +30,20 @@ def name_of(model: dict[str, Any]) -> str:
     return f"{model['kind']}-{model.get('norm', '')}"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("model", MODELS, ids=name_of)
-def test_stages_do_not_change_a_bit(make_case: MakeCase, model: dict[str, Any], dtype: str) -> None:
+def test_stages_do_not_change_a_bit(make_case: MakeCase, model: dict[str, Any]) -> None:
     """Nor does what is recomputed, nor when weight gradients are added; 1, 2, 4 and 5 stages of 5 units."""
-    case = make_case(dtype=dtype, epochs=3, grad_clip=0.2, **model)
+    case = make_case(dtype="float32", epochs=3, grad_clip=0.2, **model)
     first = case.run()
     variants: list[dict[str, Any]] = [
         {"stages": 2},
         {"stages": 4, "recompute": False},
         {"stages": 5, "defer_weights": False},
-        {"recompute": False},
     ]
     for variant in variants:
         assert case.equal(case.but(**variant).run(), first), variant
+    double = case.but(dtype="float64")
+    assert case.equal(double.but(stages=3, recompute=False).run(), double.run())
 
 
 @pytest.mark.parametrize("mode", ["surrogate", "gnnpipe", "drop", "mix"])
@@ -143,9 +143,7 @@ def test_stages_send_every_row_once_each_way(make_case: MakeCase, kind: str, per
 
 
 @pytest.mark.parametrize(("stages", "parts", "mode"), [(1, 2, "stale"), (1, 3, "drop"), (3, 2, "surrogate")])
-def test_parts_send_mirrors_and_gradients_of_weights(
-    make_case: MakeCase, stages: int, parts: int, mode: str
-) -> None:
+def test_parts_send_mirrors_and_gradients_of_weights(make_case: MakeCase, stages: int, parts: int, mode: str) -> None:
     """Rows of mirrors and their gradients once per hidden layer, every part's weight gradients to every other."""
     case = make_case(kind="gcnii", num_layers=3, stages=stages, parts=parts, epochs=1, gradient_mode=mode)
     store = case.store()

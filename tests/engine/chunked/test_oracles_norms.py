@@ -6,19 +6,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.engine.chunked.dense_program import check_dense
+
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
 
 MakeCase = Callable[..., "Case"]
-
-
-def check_against_reference(case: "Case", tolerance: float = 1e-11) -> None:
-    """Losses, last weights and running statistics are those of the dense program."""
-    found, reference = case.run(), case.reference()
-    reference.history = reference.exact()
-    losses = [reference.epoch() for _ in range(case.train.epochs)]
-    assert found.losses == pytest.approx(losses, rel=1e-11)
-    assert case.distance(found.weights, reference.model.state_dict()) < tolerance
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -26,7 +19,7 @@ def check_against_reference(case: "Case", tolerance: float = 1e-11) -> None:
 def test_dropout_in_backward_is_that_of_forward(make_case: MakeCase, kind: str, recompute: bool) -> None:
     """And every reader of a row drops of it what its owner drops."""
     case = make_case(kind=kind, num_layers=3, dropout=0.5, input_dropout=0.3, recompute=recompute)
-    check_against_reference(case.but(stages=2, **({"attention_dropout": 0.4} if kind == "gat" else {})))
+    check_dense(case.but(stages=2, **({"attention_dropout": 0.4} if kind == "gat" else {})))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -34,7 +27,7 @@ def test_dropout_in_backward_is_that_of_forward(make_case: MakeCase, kind: str, 
 def test_a_batch_norm_normalises_by_chunk_and_counts_each_once(make_case: MakeCase, kind: str, recompute: bool) -> None:
     """Running statistics take one step per chunk and epoch, also where a chunk is computed twice."""
     case = make_case(kind=kind, norm="batch", recompute=recompute, stages=2, epochs=3, optimizer="sgd", lr=0.1)
-    check_against_reference(case)
+    check_dense(case)
     weights = case.run().weights
     counts = [int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")]
     assert counts and set(counts) == {3 * case.num_chunks}
@@ -49,7 +42,7 @@ def test_evaluations_and_refreshes_leave_running_statistics_alone(make_case: Mak
 
 
 def test_parts_normalise_by_their_own_piece_and_share_statistics(make_case: MakeCase) -> None:
-    """A part's batch is its piece of a chunk, so results differ from one part's. Evaluation is of the model that is saved."""
+    """A part's batch is its piece of a chunk, so results differ from one part's. Evaluation is of what is saved."""
     case = make_case(kind="gcn", norm="batch", parts=3, evaluate_every=4, lr=0.05)
     one, found = case.but(parts=1).run(evaluate=("train",)), case.run(evaluate=("train",))
     assert found.losses != one.losses
@@ -66,7 +59,7 @@ def test_a_layer_norm_does_not_notice_chunks(make_case: MakeCase, kind: str) -> 
     case = make_case(kind=kind, norm="layer", num_layers=4, residual=kind == "sage", activation="elu")
     reference = case.reference()
     assert case.run().losses[0] == pytest.approx(reference.full_loss().item(), rel=1e-12)
-    check_against_reference(case.but(stages=3))
+    check_dense(case.but(stages=3))
 
 
 def test_masks_change_with_epoch_and_seed_only(make_case: MakeCase) -> None:
