@@ -1,0 +1,143 @@
+"""The sides of `penstock bench pipeline`: the same training, spread over ranks in some way, timed for one epoch.
+
+Every turn starts the ranks anew, as processes, from the same weights and cold histories, and so holds the memory of one side
+only. The first epochs of a turn warm up: they compile kernels, transpose blocks and grow the heap; the last is timed.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from penstock.engine.chunked.backend import Backend, OpenBackend
+from penstock.engine.chunked.config import ChunkedConfig
+from penstock.engine.chunked.processes import open_processes
+from penstock.engine.chunked.schedule import chunk_order, plan_epoch
+from penstock.engine.chunked.setup import make_specs
+from penstock.engine.chunked.spec import FeatureSpec, RankReport, RankSpec
+from penstock.engine.chunked.trainer import initial_weights
+from penstock.engine.models import ModelConfig, build_model
+from penstock.engine.trainer import TrainConfig
+from penstock.sampler.chunking.config import PartitionConfig
+from penstock.sampler.chunking.write import write_chunks
+from penstock.storage.budget import GIB, available_memory
+from penstock.storage.chunks import ChunkStore
+from penstock.storage.graph import GraphStore
+
+_EPOCHS = 3  # of a turn: the heap still grows in the second
+_turns = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the timed epoch of a turn came to, and the weights after it."""
+
+    epoch_s: float
+    reports: tuple[RankReport, ...]
+    weights: dict[str, Tensor]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Between all ranks, the sums of weight gradients over parts among them."""
+        return sum(report.bytes_sent for report in self.reports)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The largest resident size of a rank so far."""
+        return max(report.peak_rss_bytes for report in self.reports)
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes of history read from disk and written to it."""
+        reports = self.reports
+        return sum(r.history_read_bytes for r in reports), sum(r.history_written_bytes for r in reports)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all sides of a case share. `hidden` is also the width of histories."""
+
+    graph: GraphStore
+    folder: Path
+    layers: int = 16
+    hidden: int = 64
+    open_backend: OpenBackend = field(default=open_processes)
+
+    @property
+    def model(self) -> ModelConfig:
+        """ResGCN+ with layer norms; without dropout, which would take the same time per row on every side."""
+        return ModelConfig(kind="resgcn", num_layers=self.layers, hidden=self.hidden, dropout=0.0)
+
+    def cut(self, chunks: int, parts: int = 1) -> ChunkStore:
+        """Cut the graph, once."""
+        config = PartitionConfig(chunks=chunks, parts=parts)
+        out = self.folder / f"chunks-{self.graph.num_nodes}-{chunks}x{parts}"
+        return write_chunks(self.graph, out, config, host_memory=available_memory() // 2, threads=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One way to train: chunks, stages, parts, and where histories lie. `history_memory` is bytes per rank."""
+
+    setting: Setting
+    chunks: int
+    stages: int = 1
+    parts: int = 1
+    recompute: bool = False
+    history_memory: int = 64 * GIB
+
+    def store(self) -> ChunkStore:
+        """The chunks."""
+        return self.setting.cut(self.chunks, self.parts)
+
+    def specs(self, scratch: Path) -> list[RankSpec]:
+        """One per rank; each has one thread."""
+        setting, graph = self.setting, self.setting.graph
+        torch.manual_seed(0)
+        model = build_model(setting.model, graph.meta.num_features, graph.meta.num_classes)
+        return make_specs(
+            graph=graph,
+            chunks=self.store(),
+            scratch=scratch,
+            weights=initial_weights(scratch / "initial.safetensors", model),
+            model=model,
+            model_config=setting.model,
+            train=TrainConfig(epochs=_EPOCHS, lr=1e-3),
+            chunked=ChunkedConfig(chunks=self.chunks, stages=self.stages, parts=self.parts),
+            features=[FeatureSpec(kind="memory")] * self.parts,
+            recompute=self.recompute,
+            history_memory=self.history_memory,
+        )
+
+    def turn(self) -> Turn:
+        """Start the ranks, train, and end them."""
+        specs = self.specs(self.setting.folder / f"turn-{next(_turns):03d}")
+        with self.setting.open_backend(specs) as ranks:
+            ranks.call("start_cold")
+            for epoch in range(_EPOCHS):
+                began = perf_counter()
+                reports = _train_epoch(ranks, specs, epoch)
+                epoch_s = perf_counter() - began
+            weights: dict[str, Tensor] = {}
+            for part in ranks.call("weights", [(False,)] * len(specs)):
+                weights |= part
+        return Turn(epoch_s=epoch_s, reports=tuple(reports), weights=weights)
+
+
+def _train_epoch(ranks: Backend, specs: Sequence[RankSpec], epoch: int) -> list[RankReport]:
+    config = specs[0].chunked
+    plan = plan_epoch(
+        specs[0].layout,
+        epoch=epoch,
+        order=chunk_order(0, epoch, config.chunks, config.cycle_orders),
+        updates=1,
+        gradient_mode=config.gradient_mode,
+        recompute=specs[0].recompute,
+        defer_weights=config.defer_weights,
+    )
+    found: list[RankReport] = ranks.call("train_epoch", [(plan, (specs[0].train.lr,))] * len(specs))
+    return found
