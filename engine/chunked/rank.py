@@ -121,7 +121,9 @@ class Rank:
                     else:
                         _ACTIONS[action.kind](self, action)
                 except ValueError as error:
-                    raise type(error)(f"{error} (rank {self.spec.rank}, action {n}: {action})") from error
+                    if type(error) is not ValueError:
+                        raise
+                    raise ValueError(f"{error} (rank {self.spec.rank}, action {n}: {action})") from error
                 spans[n, 1] = time.perf_counter() - began
                 self._heartbeat(n + 1, len(actions))
         self._transport.flush()
@@ -175,13 +177,30 @@ class Rank:
         """Start to read what the next chunk of this order will pull: its other inputs are all written now."""
         at = self._position_of[chunk] + 1
         if at < len(self._order):
-            following = self._order[at]
-            position = self._position(following)
-            for table in self._compute.histories.values():
-                table.prefetch(following, position.is_fresh, epoch=self._plan.epoch)
+            self._prefetch_histories(self._order[at])
+
+    def _prefetch_histories(self, chunk: int) -> None:
+        position = self._position(chunk)
+        for table in self._compute.histories.values():
+            table.prefetch(chunk, position.is_fresh, epoch=self._plan.epoch)
+
+    def _prefetch_before(self, chunk: int) -> None:
+        """The same on the way back: what recomputation pulls, and messages of chunks that are later in the order."""
+        at = self._position_of[chunk] - 1
+        if at < 0:
+            return
+        following = self._order[at]
+        if self._plan.recompute:
+            self._prefetch_histories(following)
+            if self._entries is not None:
+                self._entries.prefetch(following)
+        done = np.array([self._position_of[c] > at for c in range(len(self._order))])
+        for table in self._compute.messages.values():
+            table.prefetch(following, done, epoch=self._plan.epoch)
 
     def _backward(self, action: Action) -> None:
         chunk, epoch = action.chunk, self._plan.epoch
+        self._prefetch_before(chunk)
         tape = self._tapes.pop(chunk, None)
         if tape is None:
             tape = self._replay(chunk)
