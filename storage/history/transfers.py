@@ -89,7 +89,8 @@ class IoThreads:
             self.check()
             if job.left:
                 self._start_threads()
-                self._jobs.append(job)
+            self._jobs.append(job)
+            if job.left:
                 self._changed.notify_all()
                 return job
         self._finish(job)
@@ -123,8 +124,8 @@ class IoThreads:
     def _start_threads(self) -> None:
         while len(self._threads) < _THREADS:
             thread = Thread(target=self._run, name=f"penstock-history-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def check(self) -> None:
         """Raise what went wrong on a thread, if something did."""
@@ -176,13 +177,13 @@ class IoThreads:
             job.running -= 1
             if job.running or job.left:
                 return
-            self._jobs.remove(job)
         self._finish(job)
 
     def _finish(self, job: Job) -> None:
         if job.then is not None:
-            job.then()
+            job.then()  # before the job is gone: who waits for it, or for all jobs, may rely on this too
         with self._changed:
+            self._jobs.remove(job)
             job.done = True
             self._changed.notify_all()
 
@@ -222,11 +223,15 @@ class Buffers:
 
     def take_for_prefetch(self) -> NDArray[np.uint8] | None:
         """A buffer, or None where none is to be had now."""
-        capacity = min(_MAX_BUFFERS, self.limit_bytes // max(1, self.size))
-        if self.prefetched >= capacity - MIN_BUFFERS or not self.io.change(self._reserve):
-            return None
-        self.prefetched += 1
-        return self._reserved()
+
+        def reserve() -> bool:
+            capacity = min(_MAX_BUFFERS, self.limit_bytes // max(1, self.size))
+            if self.prefetched >= capacity - MIN_BUFFERS or not self._reserve():
+                return False
+            self.prefetched += 1
+            return True
+
+        return self._reserved() if self.io.change(reserve) else None
 
     def give(self, buffer: NDArray[np.uint8], *, prefetched: bool = False) -> None:
         """Return a buffer that nothing reads or writes any more."""

@@ -1,9 +1,11 @@
 """What only tables in files do: placement by budget, prefetches that save reads, and failures."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -109,13 +111,15 @@ def test_reads_and_writes_are_whole_pages_and_are_counted(tmp_path: Path) -> Non
         assert history.stall_s > 0
 
 
-def test_what_was_prefetched_is_not_read_again(tmp_path: Path) -> None:
-    with opened(tmp_path, 3 * NEEDS.buffers) as history:
+@pytest.mark.parametrize("io_delay_s", [0.0, 0.01])
+def test_what_was_prefetched_is_not_read_again(tmp_path: Path, io_delay_s: float) -> None:
+    with opened(tmp_path, 3 * NEEDS.buffers, io_delay_s=io_delay_s) as history:
         table = history.run_table("h1", WIDTH)
         for chunk in range(K):
             push(table, chunk, chunk, 0)
         table.end_period()
         push(table, 0, 10, 1)
+        history.flush()  # six writes hold six buffers, and a prefetch does not wait for one
         table.prefetch(2, np.array([True, False, False, True]), epoch=1)  # chunk 3 is still to write
         read = history.read_bytes
         assert read == PAGES[[0, 1], 2].sum() * PAGE
@@ -248,6 +252,22 @@ def test_an_io_error_is_raised_by_the_next_calls(tmp_path: Path) -> None:
                 push(table, 0, 1, 0)
             with pytest.raises(OSError, match="Bad file descriptor"):
                 pull(table, 0, PAST, 0)
+
+
+def test_a_flush_waits_for_what_follows_a_transfer(tmp_path: Path) -> None:
+    """A prefetch takes a buffer only if there is one: after a flush, all are back."""
+    transferred, followed = Event(), Event()
+
+    def follow() -> None:
+        transferred.set()
+        time.sleep(0.05)
+        followed.set()
+
+    with DirectFile(tmp_path / "x", "write") as file, IoThreads() as io:
+        io.submit(file, [(0, aligned_buffer(PAGE))], is_write=True, then=follow)
+        assert transferred.wait(60)
+        io.flush()
+        assert followed.is_set()
 
 
 class Silent(IoThreads):
