@@ -53,19 +53,27 @@ def _segments(block: Block, values: Tensor, reduce: str) -> Tensor:
 
 
 def aggregate_sum(
-    block: Block, x: Tensor, *, src_scale: Tensor | None = None, dst_scale: Tensor | None = None
+    block: Block,
+    x: Tensor,
+    *,
+    src_scale: Tensor | None = None,
+    dst_scale: Tensor | None = None,
+    own_scale: Tensor | None = None,
 ) -> Tensor:
-    """dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u]; scales [S] and [R], without gradients.
+    """dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u], and own_scale[v] * x[v] if that is given.
+
+    Scales are [S], [R] and [R], without gradients.
 
     Scales are float32; for x in float64 they may be float64.
     """
     _check(block, x)
     if _is_native(x):
-        out: Tensor = ScaledSum.apply(x.float(), block, src_scale, dst_scale)  # type: ignore[no-untyped-call]
+        out: Tensor = ScaledSum.apply(x.float(), block, src_scale, dst_scale, own_scale)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
     rows = x if src_scale is None else x * src_scale.to(x.dtype)[:, None]
     out = _segments(block, rows.index_select(0, block.indices), "sum")
-    return out if dst_scale is None else out * dst_scale.to(x.dtype)[:, None]
+    out = out if dst_scale is None else out * dst_scale.to(x.dtype)[:, None]
+    return out if own_scale is None else out + x[: block.num_dst] * own_scale.to(x.dtype)[:, None]
 
 
 def aggregate_mean(block: Block, x: Tensor) -> Tensor:

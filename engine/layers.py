@@ -54,10 +54,12 @@ def _linear_first(block: Block, x: Tensor, out_features: int) -> bool:
     return before < after
 
 
-def _aggregate_linear(block: Block, x: Tensor, weight: Tensor, aggregate: Callable[[Block, Tensor], Tensor]) -> Tensor:
+def _aggregate_linear(
+    block: Block, x: Tensor, weight: Tensor, bias: Tensor, aggregate: Callable[[Block, Tensor], Tensor]
+) -> Tensor:
     if _linear_first(block, x, len(weight)):
-        return aggregate(block, linear(x, weight))
-    return linear(aggregate(block, x), weight)
+        return aggregate(block, linear(x, weight)) + bias
+    return linear(aggregate(block, x), weight, bias)
 
 
 def _degree_ratio(block: Block, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -86,8 +88,7 @@ def gcn_propagate(block: Block, x: Tensor, layer: str) -> Tensor:
     """
     dtype = scale_dtype(x)
     src_scale, dst_scale, own = derived(block.cache, f"gcn {dtype}", lambda: _gcn_scales(block, layer, dtype))
-    neighbours = aggregate_sum(block, x, src_scale=src_scale, dst_scale=dst_scale)
-    return neighbours + x[: block.num_dst] * own.to(x.dtype)[:, None]
+    return aggregate_sum(block, x, src_scale=src_scale, dst_scale=dst_scale, own_scale=own)
 
 
 class SAGEConv(nn.Module):
@@ -118,7 +119,7 @@ class SAGEConv(nn.Module):
         if self.aggregator == "max":
             neighbours: Tensor = self.neighbour(aggregate_max(block, x))
         else:
-            neighbours = _aggregate_linear(block, x, self.neighbour.weight, self._mean) + self.neighbour.bias
+            neighbours = _aggregate_linear(block, x, self.neighbour.weight, self.neighbour.bias, self._mean)
         return neighbours + self.own(x[: block.num_dst])  # type: ignore[no-any-return]
 
 
@@ -135,7 +136,7 @@ class GCNConv(nn.Module):
 
     def forward(self, block: Block, x: Tensor) -> Tensor:
         """[S, F] to [R, H]. ValueError where the block has no degrees."""
-        return _aggregate_linear(block, x, self.weight, partial(gcn_propagate, layer="GCNConv")) + self.bias
+        return _aggregate_linear(block, x, self.weight, self.bias, partial(gcn_propagate, layer="GCNConv"))
 
 
 class GATConv(nn.Module):

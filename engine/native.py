@@ -89,28 +89,41 @@ def _by_source(block: Block, *, edges: bool) -> Transposed:
 
 
 def scaled_sum_into(
-    indptr: Tensor, indices: Tensor, x: Tensor, src_scale: Tensor | None, dst_scale: Tensor | None
+    indptr: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    src_scale: Tensor | None,
+    dst_scale: Tensor | None,
+    own_scale: Tensor | None = None,
 ) -> Tensor:
     """Run the `scaled_sum` kernel over a block or a transposed block, on CPU in float32, without gradients."""
     out = recycled.empty(len(indptr) - 1, x.shape[1])
-    args = (_array(indices), _array(x), _array(src_scale), _array(dst_scale), out.numpy())
+    args = (_array(indices), _array(x), _array(src_scale), _array(dst_scale), _array(own_scale), out.numpy())
     _run(kernels.scaled_sum, _array(indptr), x.shape[1], *args)
     return out
 
 
 class ScaledSum(torch.autograd.Function):
-    """dst_scale[v] * sum of src_scale[u] * x[u]; the scales have no gradients."""
+    """dst_scale[v] * sum of src_scale[u] * x[u] + own_scale[v] * x[v]; the scales have no gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, src_scale: Tensor | None, dst_scale: Tensor | None) -> Tensor:
-        ctx.block, ctx.scales = block, (src_scale, dst_scale)
-        return scaled_sum_into(block.indptr, block.indices, x, src_scale, dst_scale)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        block: Block,
+        src_scale: Tensor | None,
+        dst_scale: Tensor | None,
+        own_scale: Tensor | None,
+    ) -> Tensor:
+        ctx.block, ctx.scales = block, (src_scale, dst_scale, own_scale)
+        return scaled_sum_into(block.indptr, block.indices, x, src_scale, dst_scale, own_scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        src_scale, dst_scale = ctx.scales
+        src_scale, dst_scale, own_scale = ctx.scales
         by_source = _by_source(ctx.block, edges=False)
-        return scaled_sum_into(by_source.indptr, by_source.indices, grads[0], dst_scale, src_scale), None, None, None
+        grad = scaled_sum_into(by_source.indptr, by_source.indices, grads[0], dst_scale, src_scale, own_scale)
+        return grad, None, None, None, None
 
 
 class WeightedSum(torch.autograd.Function):

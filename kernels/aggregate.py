@@ -42,10 +42,11 @@ def _position(edges, e):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def scaled_sum(indptr, indices, x, src_scale, dst_scale, out, lo, hi):  # type: ignore[no-untyped-def]
-    """out[v] = dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u].
+def scaled_sum(indptr, indices, x, src_scale, dst_scale, own_scale, out, lo, hi):  # type: ignore[no-untyped-def]
+    """out[v] = dst_scale[v] * sum over in-edges (u, v) of src_scale[u] * x[u], and own_scale[v] * x[v] for v < P.
 
-    `x` float32 [M, F], `out` float32 [R, F], `src_scale` float32 [M], `dst_scale` float32 [R]; a scale may be None.
+    `x` float32 [M, F], `out` float32 [R, F], `src_scale` float32 [M], `dst_scale` float32 [R], `own_scale` float32 [P],
+    P <= min(M, R); a scale may be None.
     """
     width = x.shape[1]
     flat = x.reshape(-1)
@@ -70,6 +71,10 @@ def scaled_sum(indptr, indices, x, src_scale, dst_scale, out, lo, hi):  # type: 
             w = dst_scale[v]
             for f in range(width):
                 out[v, f] *= w
+        if own_scale is not None and v < len(own_scale):
+            w = own_scale[v]
+            for f in range(width):
+                out[v, f] += w * x[v, f]
 
 
 @njit(cache=True, nogil=True)

@@ -10,7 +10,15 @@ Floats: TypeAlias = NDArray[np.float32]
 
 
 def scaled_sum(
-    indptr: Ints, indices: Ints, x: Floats, src_scale: Any, dst_scale: Any, out: Floats, lo: int, hi: int
+    indptr: Ints,
+    indices: Ints,
+    x: Floats,
+    src_scale: Any,
+    dst_scale: Any,
+    own_scale: Any,
+    out: Floats,
+    lo: int,
+    hi: int,
 ) -> None:
     """See `aggregate.scaled_sum`."""
     for v in range(lo, hi):
@@ -19,6 +27,8 @@ def scaled_sum(
             out[v] += x[u] if src_scale is None else src_scale[u] * x[u]
         if dst_scale is not None:
             out[v] *= dst_scale[v]
+        if own_scale is not None and v < len(own_scale):
+            out[v] += own_scale[v] * x[v]
 
 
 def weighted_sum(

@@ -56,6 +56,7 @@ def test_sums_and_their_gradients_agree_with_torch(block: Block, width: int) -> 
     x, src, dst = random(0, block.num_src, width), random(1, block.num_src).float(), random(2, block.num_dst).float()
     assert_paths_agree(lambda x: aggregate_sum(block, x), x)
     assert_paths_agree(lambda x: aggregate_sum(block, x, src_scale=src, dst_scale=dst), x)
+    assert_paths_agree(lambda x: aggregate_sum(block, x, src_scale=src, dst_scale=dst, own_scale=dst + 1), x)
     assert_paths_agree(lambda x: aggregate_mean(block, x), x)
 
 

@@ -56,12 +56,14 @@ def test_twins_have_the_same_signature(module: ModuleType, reference: ModuleType
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(twin).parameters)
 
 
-@given(blocks(), st.sampled_from([1, 3, 16, 37]), st.booleans(), st.booleans())
-def test_scaled_sum_equals_the_reference_bit_for_bit(block: Blocks, width: int, by_src: bool, by_dst: bool) -> None:
+@given(blocks(), st.sampled_from([1, 3, 16, 37]), st.booleans(), st.booleans(), st.booleans())
+def test_scaled_sum_equals_the_reference_bit_for_bit(
+    block: Blocks, width: int, by_src: bool, by_dst: bool, by_own: bool
+) -> None:
     indptr, indices, num_src = block
     num_dst = len(indptr) - 1
-    x, src, dst = rows(0, num_src, width), rows(1, num_src), rows(2, num_dst)
-    args = (indptr, indices, x, src if by_src else None, dst if by_dst else None)
+    x, src, dst, own = rows(0, num_src, width), rows(1, num_src), rows(2, num_dst), rows(3, min(num_src, num_dst))
+    args = (indptr, indices, x, src if by_src else None, dst if by_dst else None, own if by_own else None)
     modules = aggregate, reference_aggregate
     ours, twin = both(modules, "scaled_sum", lambda f, out: f(*args, out, 0, num_dst), (num_dst, width))
     np.testing.assert_array_equal(ours, twin)
@@ -164,7 +166,7 @@ def test_bits_do_not_depend_on_threads(parts: int) -> None:
     indices = generator.integers(0, 500, indptr[-1]).astype(np.int32)
     x, weights = rows(1, 500, 32), rows(2, len(indices), 4)
     calls: list[Callable[[Any, int, int], None]] = [
-        lambda out, lo, hi: aggregate.scaled_sum(indptr, indices, x, None, None, out, lo, hi),
+        lambda out, lo, hi: aggregate.scaled_sum(indptr, indices, x, None, None, None, out, lo, hi),
         lambda out, lo, hi: aggregate.weighted_sum(indptr, indices, None, weights, x, out, lo, hi),
     ]
     for call in calls:
