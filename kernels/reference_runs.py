@@ -13,3 +13,10 @@ def encode_bfloat16(bits, out, lo, hi):  # type: ignore[no-untyped-def]
 def decode_bfloat16(rows, bits, lo, hi):  # type: ignore[no-untyped-def]
     """Widen to float32."""
     bits[lo:hi] = rows[lo:hi].astype(np.uint32) << 16
+
+
+def spread_runs(rows, which, offsets, starts, out, lo, hi):  # type: ignore[no-untyped-def]
+    """Copy runs of rows, one after the other."""
+    for d in range(lo, hi):
+        run = np.arange(offsets[d], offsets[d + 1])
+        out[starts[d] : starts[d] + len(run)] = rows[run if which is None else which[run]]

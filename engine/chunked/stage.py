@@ -169,11 +169,11 @@ class StageCompute:
         """Give the chunk's rows to those that read them; parts exchange what they mirror of each other first."""
         data = self.chunks[chunk]
         slab = self.exchange.slab(data, h.detach())
-        if data.num_sends:
-            rows = slab.index_select(0, data.send_rows)
-            self.histories[layer].push(chunk, rows.cpu().numpy(), version)
+        if self.device.type != "cpu":
+            rows = slab.index_select(0, data.send_rows).cpu().numpy()
+            self.histories[layer].push(chunk, rows, version)
         else:
-            self.histories[layer].push(chunk, np.empty((0, h.shape[1]), _numpy_dtype(self.dtype)), version)
+            self.histories[layer].push(chunk, slab.numpy(), version, data.send_rows.numpy())
 
     def _sources(self, chunk: int, layer: int, h: Tensor, at: Position) -> Tensor:
         """The layer's input [own + halo, H], a leaf."""
@@ -236,11 +236,18 @@ class StageCompute:
             return own
         table = self.messages[layer]
         table.push(chunk, grad_x[data.num_own :].cpu().numpy(), epoch)
-        rows = recycled.empty(data.num_sends, grad_x.shape[1], dtype=self.dtype)
-        versions = table.pull(chunk, rows.numpy())
+        rows, versions = self._messages_for(chunk, table)
         scale = self._message_scale(chunk, versions, epoch)
         slab = aggregate_sum(data.messages, rows.to(self.device), src_scale=scale)
-        return own + self.exchange.gradients(data, slab)
+        return self.exchange.gradients(data, slab).add_(own)
+
+    def _messages_for(self, chunk: int, table: MessageTable) -> tuple[Tensor, NDArray[np.int64]]:
+        """Gradients [num_sends, H] that were sent to the chunk, valid until the next push, and versions by sender."""
+        rows = table.view(chunk)
+        if rows is not None:
+            return torch.from_numpy(rows), table.versions
+        found = recycled.empty(self.chunks[chunk].num_sends, table.layout.width, dtype=self.dtype)
+        return found, table.pull(chunk, found.numpy())
 
     def _message_scale(self, chunk: int, versions: NDArray[np.int64], epoch: int) -> Tensor | None:
         fresh, stale = self._weights
@@ -263,10 +270,6 @@ def split_state(state: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     if state.shape[1] == width:
         return state, None
     return state[:, :width].contiguous(), state[:, width:].contiguous()
-
-
-def _numpy_dtype(dtype: torch.dtype) -> type:
-    return np.float64 if dtype == torch.float64 else np.float32
 
 
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class DiskStore:
         if self.num_bytes:
             file.reserve(self.num_bytes)
 
-    def write(self, buffer: int, writer: int, rows: NDArray[Any]) -> None:
+    def write(self, buffer: int, writer: int, rows: NDArray[Any], which: NDArray[np.int64] | None = None) -> None:
         """See `RunStore`."""
         self._check()
         layout, memory = self.layout, self._disk.buffers.take()
@@ -79,7 +79,8 @@ class DiskStore:
         for reader in np.flatnonzero(layout.sizes[writer]).tolist():
             run = memory[at : at + int(layout.padded[writer, reader])]
             lo, hi = layout.send_offsets[writer, reader : reader + 2]
-            layout.values.encode(rows[lo:hi], self._values(run, writer, reader))
+            values = rows[lo:hi] if which is None else rows.take(which[lo:hi], axis=0)
+            layout.values.encode(values, self._values(run, writer, reader))
             self._hand_over(buffer, writer, reader, run)
             pieces.append((self._offset(buffer, writer, reader), run))
             at += len(run)
@@ -96,6 +97,10 @@ class DiskStore:
             if request.seen[writer] == _DUE:
                 self._place(request, writer)[:] = run
                 request.seen[writer] = self._writes[buffer, writer]
+
+    def view(self, buffers: NDArray[np.int64], reader: int) -> NDArray[Any] | None:
+        """See `RunStore`."""
+        return None
 
     def read(self, buffers: NDArray[np.int64], reader: int, out: NDArray[Any]) -> None:
         """See `RunStore`."""

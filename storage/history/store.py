@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kernels.runs import spread_runs
 from penstock.storage.budget import require_free_disk
 from penstock.storage.directio import DirectFile, aligned_buffer
 from penstock.storage.errors import FormatError
@@ -21,8 +22,11 @@ class RunStore(Protocol):
 
     layout: RunLayout
 
-    def write(self, buffer: int, writer: int, rows: NDArray[Any]) -> None:
-        """Store a writer's rows [num_sends, width], by reader."""
+    def write(self, buffer: int, writer: int, rows: NDArray[Any], which: NDArray[np.int64] | None = None) -> None:
+        """Store a writer's rows by reader: `which` int64 [num_sends] of `rows` [any, width], None for all in order."""
+
+    def view(self, buffers: NDArray[np.int64], reader: int) -> NDArray[Any] | None:
+        """What `read` gives, [num_halo, width], without a copy, until the next `write`; None where there is no such."""
 
     def read(self, buffers: NDArray[np.int64], reader: int, out: NDArray[Any]) -> None:
         """Fill `out` [num_halo, width], by writer."""
@@ -73,12 +77,26 @@ class ArrayStore:
         if self.path is not None and self.num_bytes:
             check_size(self.path, self.num_bytes)
 
-    def write(self, buffer: int, writer: int, rows: NDArray[Any]) -> None:
+    def write(self, buffer: int, writer: int, rows: NDArray[Any], which: NDArray[np.int64] | None = None) -> None:
         """See `RunStore`."""
         self._check()
-        data, offsets = self._data[buffer], self.layout.send_offsets[writer]
+        layout, data, offsets = self.layout, self._data[buffer], self.layout.send_offsets[writer]
+        if layout.values.is_plain:
+            starts = layout.starts[writer] // layout.row_bytes
+            spread_runs(rows, which, offsets, starts, data.reshape(-1, layout.width), 0, layout.num_chunks)
+            return
+        rows = rows if which is None else rows.take(which, axis=0)
         for reader in np.flatnonzero(self.layout.sizes[writer]).tolist():
             self.layout.values.encode(rows[offsets[reader] : offsets[reader + 1]], data[self._run(writer, reader)])
+
+    def view(self, buffers: NDArray[np.int64], reader: int) -> NDArray[Any] | None:
+        """See `RunStore`."""
+        self._check()
+        layout, buffer = self.layout, int(buffers[0])
+        if not layout.values.is_plain or buffer < 0 or (buffers != buffer).any():
+            return None
+        start, end = (at // layout.row_bytes for at in layout.region(reader))
+        return self._data[buffer].reshape(-1, layout.width)[start:end]
 
     def read(self, buffers: NDArray[np.int64], reader: int, out: NDArray[Any]) -> None:
         """See `RunStore`."""

@@ -48,10 +48,19 @@ class RunTable:
         """A copy of the versions [2, K]."""
         return self._versions.copy()
 
-    def push(self, writer: int, rows: NDArray[Any], version: int) -> None:
-        """Write the rows [num_sends(writer), width], grouped by reader, into `fresh`."""
-        self.layout.values.check_rows(rows, self.layout.send_shape(writer), f"{self.name}: chunk {writer}")
-        self.store.write(self._fresh, writer, rows)
+    def push(self, writer: int, rows: NDArray[Any], version: int, which: NDArray[np.int64] | None = None) -> None:
+        """Write the rows [num_sends(writer), width], grouped by reader, into `fresh`.
+
+        With `which` int64 [num_sends(writer)], those of `rows` [any, width], C-contiguous, that it names.
+        """
+        num_rows, width = self.layout.send_shape(writer)
+        what = f"{self.name}: chunk {writer}"
+        if which is not None:
+            if len(which) != num_rows:
+                raise ValueError(f"{what} takes {num_rows} rows, not the {len(which)} that are chosen")
+            num_rows = len(rows)
+        self.layout.values.check_rows(rows, (num_rows, width), what)
+        self.store.write(self._fresh, writer, rows, which)
         self._versions[0, writer], self._written[0, writer] = version, True
 
     def pull(self, reader: int, is_fresh: Bools, out: NDArray[Any], *, epoch: int, bound: int) -> None:
@@ -164,6 +173,10 @@ class MessageTable:
         self.layout.values.check_rows(rows, self.layout.send_shape(source), f"{self.name}: chunk {source}")
         self.store.write(0, source, rows)
         self._versions[source], self._written[source] = version, True
+
+    def view(self, target: int) -> NDArray[Any] | None:
+        """What `pull` gives, without a copy, until the next `push`; None where it cannot be had."""
+        return self.store.view(self._buffers(self._written), target)
 
     def pull(self, target: int, out: NDArray[Any]) -> Versions:
         """Fill `out` [num_sends(target), width] by source; zeros where a source never sent. Returns versions [K]."""

@@ -34,6 +34,11 @@ class Values:
         """The dtype that callers compute in."""
         return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are stored as callers compute in them."""
+        return self.array_dtype == self.wide
+
     def encode(self, rows: NDArray[Any], stored: NDArray[Any]) -> None:
         """Write `rows` [n, width] to `stored` [n * width]; bfloat16 rounds to nearest, ties to even."""
         if self.dtype == "bfloat16":
