@@ -6,8 +6,10 @@ memory. The outputs of aggregations are the largest tensors of a step and have a
 Blocks return when the last tensor, view or array on them is gone, so they cannot be handed out twice.
 """
 
+import itertools
 import threading
 import weakref
+from bisect import bisect_left, insort
 from collections import deque
 
 import numpy as np
@@ -20,7 +22,8 @@ _KEPT = 8  # free blocks; a training step of three layers has fewer in flight at
 _ALIGN = 64
 
 _returned: deque[NDArray[np.uint8]] = deque()  # finalizers only append: they may run in any thread, at any point
-_free: list[NDArray[np.uint8]] = []
+_free: list[tuple[int, int, NDArray[np.uint8]]] = []  # by size, then by when they came back: there may be thousands
+_serial = itertools.count()
 _lock = threading.Lock()
 
 
@@ -33,11 +36,12 @@ def _round_up(num_bytes: int) -> int:
 def _take(num_bytes: int) -> NDArray[np.uint8]:
     with _lock:
         while _returned:
-            _free.append(_returned.popleft())
-        fitting = [n for n, block in enumerate(_free) if num_bytes <= block.nbytes <= 2 * num_bytes]
-        if fitting:
-            return _free.pop(min(fitting, key=lambda n: _free[n].nbytes))
-        del _free[: max(0, len(_free) - _KEPT)]  # the ones that were not wanted for longest
+            block = _returned.popleft()
+            insort(_free, (block.nbytes, next(_serial), block))
+        at = bisect_left(_free, (num_bytes,))
+        if at < len(_free) and _free[at][0] <= 2 * num_bytes:
+            return _free.pop(at)[2]
+        _free[:] = sorted(sorted(_free, key=lambda entry: entry[1])[-_KEPT:])  # others were not wanted for longer
     block = np.empty(_round_up(num_bytes) + _ALIGN, np.uint8)
     shift = -block.ctypes.data % _ALIGN
     return block[shift : shift + block.nbytes - _ALIGN]
