@@ -10,7 +10,7 @@ test split once, exactly; settings were chosen by valid accuracy alone.
 | case | settings from | sides |
 |---|---|---|
 | `cora_gcn_drop` | GAS (Fey et al., ICML 2021) for Cora | GAS's own mode on METIS chunks |
-| `cora_gcnii16` | GCNII (Chen et al., ICML 2020) for Cora, 16 layers | five gradient modes on METIS and on random chunks |
+| `cora_gcnii16` | GCNII (Chen et al., ICML 2020) for Cora, 16 layers | five gradient modes on METIS and random chunks |
 | `facebook_resgcn8` | ours | a pipeline of four stages, two parts |
 """
 
@@ -107,9 +107,7 @@ CHUNKED_CASES = {
 def _cut(graph: GraphStore, config: ChunkedConfig, folder: Path) -> ChunkStore:
     method = "random" if config.chunks * config.parts == 1 else config.partition
     cut = PartitionConfig(chunks=config.chunks, parts=config.parts, method=method, seed=config.partition_seed)
-    return write_chunks(
-        graph, folder / f"{method}-{config.parts}x{config.chunks}", cut, host_memory=_MEMORY, threads=1
-    )
+    return write_chunks(graph, folder / f"{method}-{config.parts}x{config.chunks}", cut, host_memory=_MEMORY, threads=1)
 
 
 def train_side(

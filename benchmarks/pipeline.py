@@ -9,9 +9,9 @@
 
 No other system that trains in this way runs here, so the peers are our own, and tuned as we are: the same kernels,
 caches and transport, one thread per rank, rows in the same order, cut by METIS as well, activations kept on both sides
-wherever they fit. Graph parallel keeps all its rows in one chunk per part, which needs no histories of the past: that is its
-fastest form. Bytes are those of rows and gradients; the sum of weight gradients over parts is left out, by what
-`footprint.reduce_bytes` says it is (it is exact, below 1 % here). All models are ResGCN+ with 16 layers of width 64.
+wherever they fit. Graph parallel has one chunk per part, which needs no histories of the past: that is its fastest
+form. Bytes are those of rows and their gradients; what it takes to sum weight gradients over parts is known exactly
+(`footprint.reduce_bytes`) and left out. All models are ResGCN+ with 16 layers of width 64.
 """
 
 from collections.abc import Iterator
@@ -88,9 +88,7 @@ def out_of_core(setting: Setting, chunks: int, repeats: int) -> Iterator[dict[st
     peer = Side(setting=setting, chunks=chunks, recompute=True)
     histories = _history_bytes(peer)
     budget = histories // HISTORY_FACTOR
-    ours = Side(
-        setting=setting, chunks=chunks, recompute=True, history_memory=int(budget * HISTORY_SHARE)
-    )
+    ours = Side(setting=setting, chunks=chunks, recompute=True, history_memory=int(budget * HISTORY_SHARE))
     rates = measure_disk(setting.folder)
     ours_s, peer_s, ours_turn, peer_turn = _compare(ours, peer, repeats)
     _require_equal(ours_turn, peer_turn)
@@ -113,7 +111,7 @@ def out_of_core(setting: Setting, chunks: int, repeats: int) -> Iterator[dict[st
 
 
 def _history_bytes(side: Side) -> int:
-    """All tables of a run on one rank, were they in memory: per layer two of rows and one of gradients, and own rows."""
+    """All tables of one rank, were they in memory: per layer two buffers of rows and one of gradients."""
     part, setting = side.store().part(0), side.setting
 
     def one(kind: Any, sizes: Any) -> int:

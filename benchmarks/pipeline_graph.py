@@ -1,11 +1,12 @@
 """A graph with communities and hubs, to be cut: the classes that `storage.generate` plants give no locality.
 
 A degree-corrected planted partition (Karrer and Newman, Phys. Rev. E 83, 2011): nodes have Pareto weights, communities
-log-normal sizes. One end of an edge is drawn by weight, the other by weight within the same community or, with probability
-`MIXING`, within one of the few partners that each community has. Communities are runs of ids, as a renumbering for
-locality would give, so whoever computes on rows has them in the same good order. A node's class is its community's, and
-features hint at it. The bench prints what METIS makes of it; in cuts in two and in eight, real graphs mirror 0.48 and 0.68
-(ogbn-arxiv) to 0.96 and 2.61 (Reddit) of their nodes, by the logs of GNNPipe's authors.
+log-normal sizes. One end of an edge is drawn by weight, the other by weight within the same community or, with
+probability `MIXING`, within one of the few partners that each community has. Communities are runs of ids, as a
+renumbering for locality would give, so whoever computes on rows has them in the same good order. A node's class is its
+community's, and features hint at it. Records say how many rows METIS makes chunks and parts read of each other; in cuts
+in two and in eight, real graphs need 0.48 and 0.68 (ogbn-arxiv) to 0.96 and 2.61 (Reddit) times their nodes, by the
+logs of GNNPipe's authors.
 """
 
 from pathlib import Path
@@ -27,7 +28,9 @@ _LARGEST = 1000.0  # weight, in units of the smallest
 
 def _communities(rng: np.random.Generator, num_nodes: int) -> NDArray[np.int64]:
     """First node of every community, and N last."""
-    sizes = np.maximum(8, rng.lognormal(np.log(_COMMUNITY) - 0.5, 1.0, 4 + 4 * num_nodes // _COMMUNITY)).astype(np.int64)
+    sizes = np.maximum(8, rng.lognormal(np.log(_COMMUNITY) - 0.5, 1.0, 4 + 4 * num_nodes // _COMMUNITY)).astype(
+        np.int64
+    )
     starts = np.concatenate([[0], np.cumsum(sizes)])
     return np.append(starts[starts < num_nodes], num_nodes)
 

@@ -1,7 +1,7 @@
 """The sides of `penstock bench pipeline`: the same training, spread over ranks in some way, timed for one epoch.
 
-Every turn starts the ranks anew, as processes, from the same weights and cold histories, and so holds the memory of one side
-only. The first epochs of a turn warm up: they compile kernels, transpose blocks and grow the heap; the last is timed.
+Every turn starts the ranks anew, as processes, from the same weights and cold histories, so that only one side's memory
+is taken at a time. The first epochs of a turn warm up: they compile kernels, transpose blocks and grow the heap; the last is timed.
 """
 
 import itertools
