@@ -23,7 +23,7 @@ class Outcome:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._found: dict[int, Any] = {}
-        self._errors: list[tuple[int, BaseException]] = []
+        self._errors: dict[int, BaseException] = {}
         self._failed_at = 0.0
 
     def add(self, rank: int, value: Any) -> None:
@@ -31,9 +31,9 @@ class Outcome:
         self._found[rank] = value
 
     def fail(self, rank: int, error: BaseException) -> None:
-        """Take a rank's error."""
+        """Take a rank's error. Its first one stays: that its process ended behind it explains nothing."""
         self._failed_at = self._failed_at or time.monotonic()
-        self._errors.append((rank, error))
+        self._errors.setdefault(rank, error)
 
     @property
     def has_failed(self) -> bool:
@@ -45,14 +45,14 @@ class Outcome:
         """Whether to wait no longer: all are there, or an error is that does not merely follow from another."""
         if len(self._found) + len(self._errors) == self._num_ranks:
             return True
-        if all(isinstance(error, PeerLost) for _, error in self._errors):
+        if all(isinstance(error, PeerLost) for error in self._errors.values()):
             return self.has_failed and time.monotonic() - self._failed_at > _SETTLE_S
         return True
 
     def values(self) -> list[Any]:
         """The values by rank; raises where one failed, see `raise_first`."""
         if self._errors:
-            raise_first(self._errors)
+            raise_first(list(self._errors.items()))
         return [self._found[rank] for rank in range(self._num_ranks)]
 
 

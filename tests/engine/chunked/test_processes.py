@@ -171,6 +171,15 @@ def test_only_lost_peers_are_reported_as_a_failed_rank() -> None:
         outcome.values()
 
 
+def test_that_a_rank_ends_after_its_error_does_not_hide_it() -> None:
+    outcome = Outcome(2)
+    outcome.fail(0, PeerLost("rank 0 waited 5 s for rank 1"))
+    outcome.fail(0, RankFailed("rank 0 ended with exit code 1"))
+    assert not outcome.is_over  # what became of rank 1 may still be told
+    with pytest.raises(RankFailed, match="rank 0: rank 0 waited 5 s for rank 1"):
+        outcome.values()
+
+
 def test_exit_codes_read_as_signals() -> None:
     assert exit_reason(3) == "ended with exit code 3"
     assert "SIGKILL: out of memory" in exit_reason(-9) and "SIGSEGV" in exit_reason(-11)
