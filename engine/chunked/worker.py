@@ -4,7 +4,6 @@ The process does what its parent sends, one call after the other, and ends when 
 gone. It ignores SIGINT and SIGTERM: whoever sends those to a whole group means the parent, which ends its ranks.
 """
 
-import ctypes
 import logging
 import os
 import pickle
@@ -29,10 +28,10 @@ from penstock.engine.chunked.failures import encode_error
 from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.torch_transport import GroupBackend, open_torch_transport
 from penstock.engine.chunked.transport import Transport
+from penstock.storage.lifeline import end_with
 
 OPEN_RANK = "penstock.engine.chunked.rank:open_rank"
 OpenRank = Callable[[RankSpec, Transport, Callable[[int, int], None]], AbstractContextManager[Any]]
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +111,7 @@ def main(handle: int, parent: int) -> None:
     """Be a rank for the process `parent`, at the other end of the socket `handle`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    end_with(parent)
     os.set_inheritable(handle, False)
     with Connection(handle) as connection:
         start: Start = pickle.loads(connection.recv_bytes())

@@ -4,19 +4,18 @@ DGL takes 250 MiB and two seconds to import, prints to stdout and stderr, and ke
 may happen to a trainer. The graph is made symmetric, so an edge counts from both ends; self loops do not count.
 """
 
-import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.storage.budget import MIB
 from penstock.storage.graph import GraphStore, open_graph
+from penstock.storage.lifeline import end_with
 
 # Peak of the process over random graphs of 1 to 4 million edges, which symmetry doubles: 145 bytes an edge, 116 a node.
 _EDGE_BYTES, _NODE_BYTES, _IMPORT_BYTES = 160, 128, 320 * MIB
@@ -37,17 +36,21 @@ def can_import_dgl() -> bool:
 
 def run_metis(graph: GraphStore, groups: NDArray[np.int32], num_bins: int, threads: int = 1) -> NDArray[np.int32]:
     """Cut every group of nodes into `num_bins` of about equal size, int32 [N]. RuntimeError where METIS fails."""
-    with tempfile.TemporaryDirectory(prefix="penstock-metis-") as folder:
-        np.save(Path(folder) / "groups.npy", groups)
-        command = [sys.executable, "-m", "penstock.sampler.chunking.metis", str(graph.path), str(num_bins), folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    module = "penstock.sampler.chunking.metis"
+    command = [sys.executable, "-m", module, str(graph.path), str(num_bins), str(os.getpid())]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # files without a name: nothing is left of them, however either process ends
+    with tempfile.TemporaryFile(buffering=0) as given, tempfile.TemporaryFile(buffering=0) as found:
+        np.save(given, groups)
+        given.seek(0)
+        done = subprocess.run(command, stdin=given, stdout=found, stderr=subprocess.PIPE, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(
-                f"METIS failed on {graph.path} with exit code {done.returncode}: {done.stderr.strip()[-2000:]}; "
+                f"METIS failed on {graph.path}, exit code {done.returncode}: {done.stderr.strip()[-2000:]}; "
                 "use method ldg"
             )
-        labels: NDArray[np.int32] = np.load(Path(folder) / "labels.npy")
+        found.seek(0)
+        labels: NDArray[np.int32] = np.load(found)
     return labels
 
 
@@ -68,26 +71,26 @@ def _cut_group(
     kept = np.concatenate([[0], np.cumsum(inside)])
     indptr = kept[np.concatenate([offsets, [len(destinations)]])]
     csc = torch.from_numpy(indptr), torch.from_numpy(sources[inside]), torch.empty(0, dtype=torch.int64)
-    graph_of_group, mode = (
-        dgl.graph(("csc", csc), num_nodes=len(nodes)),
-        "recursive" if num_bins <= _RECURSIVE else "k-way",
-    )
-    with contextlib.redirect_stdout(sys.stderr):
-        labels = dgl.metis_partition_assignment(graph_of_group, num_bins, mode=mode)
+    graph_of_group = dgl.graph(("csc", csc), num_nodes=len(nodes))
+    mode = "recursive" if num_bins <= _RECURSIVE else "k-way"
+    labels = dgl.metis_partition_assignment(graph_of_group, num_bins, mode=mode)
     return np.asarray(labels.numpy().astype(np.int32))
 
 
-def main(path: str, num_bins: str, folder: str) -> None:
-    """Read `groups.npy` from `folder` and write `labels.npy`."""
-    graph, groups = open_graph(path), np.load(Path(folder) / "groups.npy")
-    labels = np.zeros(len(groups), np.int32)
-    local = np.full(len(groups), -1, np.int64)
-    for group in range(int(groups.max()) + 1):
-        nodes = np.flatnonzero(groups == group)
-        local[nodes] = np.arange(len(nodes))
-        labels[nodes] = _cut_group(graph, nodes, local, int(num_bins))
-        local[nodes] = -1
-    np.save(Path(folder) / "labels.npy", labels)
+def main(path: str, num_bins: str, parent: str) -> None:
+    """Read groups from stdin and write labels to stdout, as `.npy`; what METIS and DGL print goes to stderr."""
+    end_with(int(parent))
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)
+        graph, groups = open_graph(path), np.load(sys.stdin.buffer)
+        labels = np.zeros(len(groups), np.int32)
+        local = np.full(len(groups), -1, np.int64)
+        for group in range(int(groups.max()) + 1):
+            nodes = np.flatnonzero(groups == group)
+            local[nodes] = np.arange(len(nodes))
+            labels[nodes] = _cut_group(graph, nodes, local, int(num_bins))
+            local[nodes] = -1
+        np.save(out, labels)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Partitions: balanced, never empty, the same every time, and better than chance where there is something to find."""
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,6 +124,25 @@ def test_metis_prints_nothing(tiny_graph: GraphStore) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny_graph.path)], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest_dgl
+def test_metis_leaves_nothing_when_we_are_killed(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    code = (
+        "import sys; from penstock.sampler.chunking.metis import run_metis; import numpy as np\n"
+        "from penstock.storage.graph import open_graph\n"
+        "run_metis(open_graph(sys.argv[1]), np.zeros(400, np.int32), 2)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code, str(tiny_graph.path)], env=environment) as process:
+        children: list[psutil.Process] = []
+        while not children:
+            assert process.poll() is None, "it ended before METIS was started"
+            children = psutil.Process(process.pid).children()
+            time.sleep(0.01)
+        process.kill()
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @settings(max_examples=60)
