@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class DiskStore:
     def fill(self, buffer: int, byte: int) -> None:
         """See `RunStore`."""
         self._check()
-        if byte == 0 and not self._writes[buffer].any():
+        if not self.layout.buffer_bytes or (byte == 0 and not self._writes[buffer].any()):
             return
         self._writes[buffer] += 1
         memory = self._disk.buffers.take()
@@ -156,22 +157,21 @@ class DiskStore:
             self._write_region(target, reader, past)
 
     def snapshot(self, buffer: int) -> NDArray[Any]:
-        """See `RunStore`: a temporary file, mapped; it is gone when the array is."""
+        """See `RunStore`: a mapped file without a name, which is gone when the array is."""
         self._check()
         dtype, num_values = self.layout.values.array_dtype, int(self.layout.sizes.sum()) * self.layout.width
         if not num_values:
             return np.empty(0, dtype)
-        path = self.path.with_suffix(".export")
-        require_free_disk(path.parent, num_values * dtype.itemsize, f"the copy of {self.path.name} for a checkpoint")
-        with full_disk_is_clear(path), open(path, "wb", buffering=_PIECE_BYTES) as file:
+        folder = self.path.parent
+        require_free_disk(folder, num_values * dtype.itemsize, f"the copy of {self.path.name} for a checkpoint")
+        with full_disk_is_clear(folder), TemporaryFile(dir=folder, buffering=_PIECE_BYTES) as file:
             for reader in np.flatnonzero(self.layout.region_bytes).tolist():
                 data = self._read_region(buffer, reader)
                 for writer in np.flatnonzero(self.layout.sizes[:, reader]).tolist():
                     file.write(self._values(self._at(data, writer, reader), writer, reader).data)
                 self._disk.buffers.give(data)
-        mapped = np.memmap(path, dtype, "r", shape=(num_values,))
-        path.unlink()
-        return mapped
+            file.flush()
+            return np.memmap(file, dtype, "r", shape=(num_values,))
 
     def restore(self, buffer: int, stored: NDArray[Any]) -> None:
         """See `RunStore`."""

@@ -270,6 +270,27 @@ def test_a_flush_waits_for_what_follows_a_transfer(tmp_path: Path) -> None:
         assert followed.is_set()
 
 
+def test_a_checkpoint_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with opened(tmp_path, NEEDS.buffers) as history:
+        table = history.run_table("h1", WIDTH)
+        push(table, 0, 1, 0)
+        history.flush()
+        table.store.file.close()  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            table.export()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_without_rows_lies_on_disk_too(tmp_path: Path) -> None:
+    with opened(tmp_path, 0, sizes=np.zeros((1, 1), np.int64)) as history:
+        table = history.run_table("h1", WIDTH)
+        table.fill(0)
+        push(table, 0, 1, 0)
+        table.end_period()
+        assert table.versions.tolist() == [[-1], [0]]
+        assert len(pull(table, 0, PAST[:1], 0)) == 1 and history.written_bytes == 0
+
+
 class Silent(IoThreads):
     """Threads that end at once, without an error."""
 
