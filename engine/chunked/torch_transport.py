@@ -1,7 +1,7 @@
 """Send tensors between processes over `torch.distributed`, point to point: gloo through host memory, or NCCL.
 
 gloo moves a tensor once its receiver has posted the receive, and tells a finished send only to who waits for it. So a
-lane holds at most `_IN_FLIGHT` tensors that have not left; a plan that plays with unbuffered sends cannot block there.
+lane holds at most `IN_FLIGHT` tensors that have not left; a plan that plays with unbuffered sends cannot block there.
 """
 
 import time
@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from penstock.engine.chunked.layout import Layout
-from penstock.engine.chunked.transport import Channel, PeerLost, silence
+from penstock.engine.chunked.transport import IN_FLIGHT, Channel, PeerLost, silence
 
 GroupBackend = Literal["gloo", "nccl"]
 _TAGS: dict[str, int] = {"forward": 1, "backward": 2, "exact": 3, "halo": 4, "reduce": 5}
-_IN_FLIGHT = 4
 _MEET_S = 120.0  # at least: interpreters may read torch from a cold disk
 _Lane = tuple[int, str]  # the other rank, and the channel
 
@@ -47,7 +46,7 @@ class TorchTransport:
         if tensor.numel() == 0:
             return
         sending = self._sending.setdefault((peer, channel), deque())
-        while len(sending) >= _IN_FLIGHT:
+        while len(sending) >= IN_FLIGHT:
             self._wait(sending.popleft()[0], peer, channel)
         tensor = tensor.detach().to(self._wire)
         # the tensor must live until it has left

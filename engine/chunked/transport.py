@@ -4,17 +4,20 @@ Every (source, destination, channel) is a first-in-first-out lane; receives are 
 the receiver computes. No wait is endless: after `timeout_s`, or once another rank has failed, it raises PeerLost.
 """
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Channel = Literal["forward", "backward", "exact", "halo", "reduce"]
 _POLL_S = 0.05
+IN_FLIGHT = 4  # tensors of a lane that are sent and not expected yet; more would be memory that no budget counts
+_T = TypeVar("_T")
 
 
 class PeerLost(RuntimeError):
@@ -47,18 +50,26 @@ class Transport(Protocol):
         """Give up what is under way."""
 
 
+class _Lane:
+    """Tensors on their way. The sender may be `IN_FLIGHT` ahead of what the receiver expects, not any further."""
+
+    def __init__(self) -> None:
+        self.tensors: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self.room = threading.Semaphore(IN_FLIGHT)
+
+
 class ThreadHub:
     """The lanes between ranks that are threads of one process; setting `aborted` ends every wait."""
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[int, int, str], queue.SimpleQueue[Tensor]] = {}
+        self._lanes: dict[tuple[int, int, str], _Lane] = {}
         self._lock = threading.Lock()
         self.aborted = threading.Event()
 
-    def lane(self, source: int, destination: int, channel: str) -> "queue.SimpleQueue[Tensor]":
-        """The queue of a lane, made at first use."""
+    def lane(self, source: int, destination: int, channel: str) -> _Lane:
+        """Find a lane, made at first use."""
         with self._lock:
-            return self._lanes.setdefault((source, destination, channel), queue.SimpleQueue())
+            return self._lanes.setdefault((source, destination, channel), _Lane())
 
 
 class ThreadTransport:
@@ -71,28 +82,40 @@ class ThreadTransport:
     def send(self, peer: int, channel: Channel, tensor: Tensor) -> None:
         """See Transport."""
         self.bytes_sent += tensor.nbytes
-        self._hub.lane(self.rank, peer, channel).put(tensor)
+        lane = self._hub.lane(self.rank, peer, channel)
+        self._wait(peer, channel, lambda: lane.room.acquire(timeout=_POLL_S) or None)
+        lane.tensors.put(tensor)
 
     def expect(self, peer: int, channel: Channel, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Nothing to prepare."""
+        """See Transport."""
+        self._hub.lane(peer, self.rank, channel).room.release()
 
     def receive(self, peer: int, channel: Channel) -> Tensor:
         """See Transport."""
         lane = self._hub.lane(peer, self.rank, channel)
+
+        def get() -> Tensor | None:
+            with contextlib.suppress(queue.Empty):
+                return lane.tensors.get(timeout=_POLL_S)
+            return None
+
+        return self._wait(peer, channel, get)
+
+    def _wait(self, peer: int, channel: str, attempt: Callable[[], _T | None]) -> _T:
+        """Attempt until something comes of it."""
         began = time.perf_counter()
-        while True:
-            try:
-                tensor = lane.get(timeout=_POLL_S)
-                self.wait_s += time.perf_counter() - began
-                return tensor
-            except queue.Empty:
+        try:
+            while (found := attempt()) is None:
                 if self._hub.aborted.is_set():
-                    raise PeerLost(f"rank {self.rank} stopped waiting for rank {peer}: another rank failed") from None
+                    raise PeerLost(f"rank {self.rank} stopped waiting for rank {peer}: another rank failed")
                 if time.perf_counter() - began > self._timeout_s:
-                    raise PeerLost(silence(self.rank, peer, channel, self._timeout_s)) from None
+                    raise PeerLost(silence(self.rank, peer, channel, self._timeout_s))
+            return found
+        finally:
+            self.wait_s += time.perf_counter() - began
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Wait for nothing: who has a tensor in a lane need not keep it."""
 
     def close(self) -> None:
         """Nothing is held."""

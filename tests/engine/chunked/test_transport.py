@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.chunked.processes import open_processes
-from penstock.engine.chunked.transport import PeerLost, ThreadHub, ThreadTransport
+from penstock.engine.chunked.transport import IN_FLIGHT, PeerLost, ThreadHub, ThreadTransport
 
 RunScript = Callable[[str], list[Any]]
 
@@ -87,3 +87,16 @@ def test_threads_stop_waiting_when_another_rank_failed() -> None:
     threading.Timer(0.1, hub.aborted.set).start()
     with pytest.raises(PeerLost, match="rank 0 stopped waiting for rank 1"):
         transport.receive(1, "forward")
+
+
+def test_a_sender_among_threads_gets_only_so_far_ahead() -> None:
+    """What waits in a lane is memory that no budget counts."""
+    hub, tensor = ThreadHub(), torch.zeros(1)
+    sender, receiver = ThreadTransport(hub, 0, 0.1), ThreadTransport(hub, 1, 60)
+    for _ in range(IN_FLIGHT):
+        sender.send(1, "forward", tensor)
+    with pytest.raises(PeerLost, match=r"rank 0 waited 0 s for rank 1 \(forward\)"):
+        sender.send(1, "forward", tensor)
+    receiver.expect(0, "forward", (1,), torch.float32)
+    sender.send(1, "forward", tensor)
+    assert receiver.receive(0, "forward") is tensor
