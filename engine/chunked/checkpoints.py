@@ -34,10 +34,15 @@ def begin_checkpoint(folder: Path, epoch: int) -> Path:
     """Make the temporary folder that ranks write into."""
     temporary = folder / f".step-{epoch:09d}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*.tmp"):
-        shutil.rmtree(left)
+    delete_unfinished(folder)
     temporary.mkdir()
     return temporary
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what was begun and not published; no rank may still write to it."""
+    for left in folder.glob(".step-*.tmp"):
+        shutil.rmtree(left)
 
 
 def publish_checkpoint(

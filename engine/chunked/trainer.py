@@ -23,6 +23,7 @@ from penstock.engine.chunked.backend import OpenBackend, RankFailed, open_board
 from penstock.engine.chunked.checkpoints import (
     ChunkedCheckpoint,
     begin_checkpoint,
+    delete_unfinished,
     publish_checkpoint,
     read_latest,
 )
@@ -138,6 +139,8 @@ class ChunkedTrainer:
                 if not retries_left:
                     raise
                 logger.warning("%s; starting all ranks anew from epoch %d", error, self._saved[0])
+            finally:
+                delete_unfinished(self._checkpoints)  # all ranks have ended; a full disk must not stay full
         assert resumed_from is not None
         return ChunkedResult(
             weights=weights,

@@ -118,3 +118,17 @@ def test_metrics_of_a_stopped_run_have_every_epoch_once(make_case: MakeCase) -> 
     case.run(folder=folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [line.partition('"epoch": ')[2].partition(",")[0] for line in lines] == ["1", "2", "3", "4"]
+
+
+def test_a_checkpoint_that_fails_leaves_no_bytes(make_case: MakeCase) -> None:
+    case = make_case(kind="gcn", checkpoint_items=1)
+    folder = case.fresh_folder()
+
+    def progress(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        if stage == "train" and done == 2:  # takes the name of the checkpoint that is to come
+            (folder / "checkpoints" / "step-000000002").touch()
+
+    with pytest.raises(NotADirectoryError):
+        case.run(folder=folder, progress=progress)
+    left = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert left == {"step-000000001", "step-000000002"}
