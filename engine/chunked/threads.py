@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, raise_first
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, raise_first, spread_over_gpus
 from penstock.engine.chunked.rank import open_rank
 from penstock.engine.chunked.spec import RankSpec
-from penstock.engine.chunked.transport import ThreadHub, ThreadTransport
+from penstock.engine.chunked.transport import PeerLost, ThreadHub, ThreadTransport
 
 _Call = tuple[str, tuple[Any, ...]]
 _Answer = tuple[int, Any, BaseException | None]
@@ -53,10 +53,17 @@ class ThreadBackend:
 
 
 def _serve(spec: RankSpec, hub: ThreadHub, board: Board, backend: ThreadBackend) -> None:
-    """Be a rank until None comes."""
+    """Be a rank until None comes, or until another one fails or the backend is left, at the next action."""
+    told = board.heartbeat(spec.rank)
+
+    def beat(done: int, total: int) -> None:
+        told(done, total)
+        if hub.aborted.is_set():
+            raise PeerLost(f"rank {spec.rank} stopped after action {done} of {total}: another rank failed")
+
     try:
         transport = ThreadTransport(hub, spec.rank, spec.chunked.timeout_s)
-        with open_rank(spec, transport, board.heartbeat(spec.rank)) as rank:
+        with open_rank(spec, transport, beat) as rank:
             backend.answers.put((spec.rank, None, None))
             while (call := backend.inboxes[spec.rank].get()) is not None:
                 method, arguments = call
@@ -68,6 +75,7 @@ def _serve(spec: RankSpec, hub: ThreadHub, board: Board, backend: ThreadBackend)
 @contextmanager
 def open_threads(specs: Sequence[RankSpec]) -> Iterator[ThreadBackend]:
     """Start one thread per rank; they have ended when the context is left."""
+    specs, _ = spread_over_gpus(specs)
     hub = ThreadHub()
     board = open_board(specs)
     backend = ThreadBackend(len(specs), hub)
@@ -75,14 +83,16 @@ def open_threads(specs: Sequence[RankSpec]) -> Iterator[ThreadBackend]:
         threading.Thread(target=_serve, args=(spec, hub, board, backend), name=f"rank-{spec.rank}", daemon=True)
         for spec in specs
     ]
-    for thread in threads:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
         backend.collect()
         yield backend
     finally:
         hub.aborted.set()
         for inbox in backend.inboxes:
             inbox.put(None)
-        for thread in threads:
+        for thread in started:
             thread.join()

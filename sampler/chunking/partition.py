@@ -42,6 +42,11 @@ def choose_method(graph: GraphStore, config: PartitionConfig, host_memory: int) 
     raise DoesNotFit(f"{problem}; raise it, or use method ldg", host_bytes=needed)
 
 
+def _level_slack(config: PartitionConfig) -> float:
+    """Slack of parts, and of chunks within a part: where there are both, they share it."""
+    return config.slack if config.parts == 1 else float(np.sqrt(1 + config.slack) - 1)
+
+
 def partition_by(
     graph: GraphStore, config: PartitionConfig, split: Split, num_bytes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -50,7 +55,7 @@ def partition_by(
         raise ValueError(
             f"{graph.num_nodes} nodes cannot fill {config.parts} parts x {config.chunks} chunks; use fewer chunks"
         )
-    slack = config.slack if config.parts == 1 else float(np.sqrt(1 + config.slack) - 1)  # both levels share it
+    slack = _level_slack(config)
     labels = np.zeros(graph.num_nodes, np.int32)
     levels = []
     for num_bins, least in ((config.parts, config.chunks), (config.chunks, 1)):
@@ -80,7 +85,7 @@ def partition(
             host_bytes=needed,
         )
     num_bytes = choose_window(least, least + (host_memory - needed) // WINDOWS)
-    slack = config.slack if config.parts == 1 else float(np.sqrt(1 + config.slack) - 1)
+    slack = _level_slack(config)
 
     def split(groups: NDArray[np.int32], num_bins: int) -> NDArray[np.int32]:
         if method == "random":
