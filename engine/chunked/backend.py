@@ -13,10 +13,12 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.transport import PeerLost
@@ -81,6 +83,19 @@ class Board:
 def open_board(specs: Sequence[RankSpec]) -> Board:
     """The board of a run's ranks, in their scratch folder."""
     return Board(specs[0].scratch / "heartbeats", len(specs))
+
+
+def spread_over_gpus(specs: Sequence[RankSpec]) -> tuple[list[RankSpec], int]:
+    """Let ranks take this machine's GPUs in turn, where they want one; returns how many there are, 0 for the CPU.
+
+    ValueError where a GPU is wanted and there is none.
+    """
+    if not specs[0].device.startswith("cuda"):
+        return list(specs), 0
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"device={specs[0].device}, but this machine has no CUDA device; set device to cpu")
+    return [replace(spec, device=f"cuda:{spec.rank % count}") for spec in specs], count
 
 
 def raise_first(errors: Sequence[tuple[int, BaseException]]) -> None:

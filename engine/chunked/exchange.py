@@ -31,7 +31,7 @@ class MirrorExchange:
             self._transport.expect(rank, "halo", (data.mirror_counts[part], h.shape[1]), h.dtype)
         for part, rank in self._peers():
             self._transport.send(rank, "halo", h.index_select(0, data.wire_rows[part]))
-        return torch.cat([h, *(self._transport.receive(rank, "halo") for _, rank in self._peers())])
+        return torch.cat([h, *(self._transport.receive(rank, "halo").to(h.device) for _, rank in self._peers())])
 
     def gradients(self, data: ChunkData, slab: Tensor) -> Tensor:
         """Gradients of own rows [num_own, H]: from the slab's own rows, and from the mirrors that other parts have."""
@@ -44,5 +44,6 @@ class MirrorExchange:
         for part, rank in self._peers():
             self._transport.send(rank, "halo", mirrors[part].contiguous())
         for part, rank in self._peers():
-            own = own.index_add(0, data.wire_rows[part], self._transport.receive(rank, "halo"))
+            received = self._transport.receive(rank, "halo").to(own.device)
+            own = own.index_add(0, data.wire_rows[part], received)
         return own

@@ -16,13 +16,10 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Pipe
 from typing import Any
 
-import torch
-
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, spread_over_gpus
 from penstock.engine.chunked.failures import Outcome, died, exit_reason
 from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.torch_transport import GroupBackend
@@ -160,17 +157,6 @@ class ProcessBackend:
             child.close(kill=not self._usable)
 
 
-def _place_on_devices(specs: Sequence[RankSpec]) -> tuple[list[RankSpec], GroupBackend]:
-    """Spread ranks over this machine's GPUs. NCCL wants one for each rank; where they share, gloo has to do."""
-    if not specs[0].device.startswith("cuda"):
-        return list(specs), "gloo"
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ValueError(f"device={specs[0].device}, but this machine has no CUDA device; set device to cpu")
-    placed = [replace(spec, device=f"cuda:{spec.rank % count}") for spec in specs]
-    return placed, "nccl" if len(specs) <= count else "gloo"
-
-
 @contextmanager
 def open_processes(specs: Sequence[RankSpec], *, open_rank: str = OPEN_RANK) -> Iterator[ProcessBackend]:
     """Start one process per rank; they have ended when the context is left, and end when this process does.
@@ -178,7 +164,9 @@ def open_processes(specs: Sequence[RankSpec], *, open_rank: str = OPEN_RANK) -> 
     On Linux they also end with the thread that opens them, so open and leave them in one thread. `open_rank`
     (`module:function`, like `rank.open_rank`) is what a child makes its rank with.
     """
-    placed, backend = _place_on_devices(specs)
+    placed, num_gpus = spread_over_gpus(specs)
+    # NCCL wants a GPU for each rank; where they share, gloo has to do
+    backend: GroupBackend = "nccl" if len(specs) <= num_gpus else "gloo"
     board = open_board(specs)
     store = specs[0].scratch / f"rendezvous-{uuid.uuid4().hex}"
     ranks = ProcessBackend(placed, board)

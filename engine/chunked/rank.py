@@ -116,7 +116,8 @@ class Rank:
                 spans[n, 0] = time.perf_counter() - began
                 try:
                     if action.kind is Kind.RECV:
-                        self._states[action.phase, action.chunk] = self._transport.receive(action.peer, action.phase)
+                        state = self._transport.receive(action.peer, action.phase)
+                        self._states[action.phase, action.chunk] = state.to(self.spec.device)
                         next(incoming, None)
                     else:
                         _ACTIONS[action.kind](self, action)
@@ -357,6 +358,6 @@ def open_rank(spec: RankSpec, transport: Transport, heartbeat: Heartbeat = nothi
     graph = open_graph(spec.graph)
     model = build_model(spec.model, graph.meta.num_features, graph.meta.num_classes)
     model.load_state_dict(safetensors.torch.load_file(spec.weights))
-    model.to(spec.torch_dtype)
+    model.to(spec.device, spec.torch_dtype)
     with ExitStack() as stack:
         yield Rank(spec, transport, model, stack, heartbeat)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from penstock.engine.chunked.config import ChunkedConfig
@@ -77,16 +76,9 @@ def make_specs(
             history_memory=history_memory,
             feed_memory=feed_memory if layout.stage_of(rank) == 0 else 0,
             threads=threads,
-            device=_device(train.device, rank),
+            device=train.device,
             dtype=dtype,
             poison=poison,
         )
         for rank in range(layout.num_ranks)
     ]
-
-
-def _device(device: str, rank: int) -> str:
-    """Ranks take CUDA devices in turn."""
-    if device != "cuda":
-        return device
-    return f"cuda:{rank % max(1, torch.cuda.device_count())}"

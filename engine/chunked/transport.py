@@ -139,4 +139,5 @@ def gather_all(transport: Transport, ranks: Sequence[int], tensor: Tensor) -> li
         transport.expect(rank, "reduce", tensor.shape, tensor.dtype)
     for rank in others:
         transport.send(rank, "reduce", tensor)
-    return [tensor if rank == transport.rank else transport.receive(rank, "reduce") for rank in ranks]
+    found = (tensor if rank == transport.rank else transport.receive(rank, "reduce") for rank in ranks)
+    return [each.to(tensor.device) for each in found]

@@ -17,11 +17,12 @@ import psutil
 import pytest
 import torch
 
-from penstock.engine.chunked.backend import RankFailed
+from penstock.engine.chunked.backend import OpenBackend, RankFailed
 from penstock.engine.chunked.failures import Outcome, encode_error, exit_reason
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.schedule import plan_epoch
+from penstock.engine.chunked.threads import open_threads
 from penstock.engine.chunked.transport import PeerLost
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.history import StaleRead
@@ -124,11 +125,12 @@ def test_children_end_with_a_killed_parent_and_do_not_run_its_script(small_ranks
     assert stdout == "" and "this is not for the user's stdout" in stderr
 
 
-def test_ranks_on_cuda_need_a_gpu(small_ranks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("open_backend", [open_processes, open_threads])
+def test_ranks_on_cuda_need_a_gpu(small_ranks: Any, tmp_path: Path, open_backend: OpenBackend) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="device=cuda, but this machine has no CUDA device; set device to cpu"):
-        with open_processes(small_ranks.small_specs(tmp_path, device="cuda")):
+        with open_backend(small_ranks.small_specs(tmp_path, device="cuda")):
             pytest.fail("it opened")
 
 
