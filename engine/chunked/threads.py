@@ -19,7 +19,7 @@ class ThreadBackend:
     """See backend.Backend; made by `open_threads`."""
 
     def __init__(self, num_ranks: int, hub: ThreadHub) -> None:
-        self._hub = hub
+        self.hub = hub
         self.inboxes: list[queue.SimpleQueue[_Call | None]] = [queue.SimpleQueue() for _ in range(num_ranks)]
         self.answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
 
@@ -46,7 +46,7 @@ class ThreadBackend:
                 found[rank] = value
             else:
                 errors.append((rank, error))
-                self._hub.aborted.set()  # the others wait for this one: they end with PeerLost
+                self.hub.aborted.set()  # the others wait for this one: they end with PeerLost
         if errors:
             raise_first(errors)
         return [found[rank] for rank in range(len(self.inboxes))]

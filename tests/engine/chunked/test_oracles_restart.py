@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from penstock.engine.chunked.backend import RankFailed, open_board
+from penstock.engine.chunked.threads import open_threads
 from penstock.engine.chunked.trainer import ChunkedResult
 from penstock.engine.trainer import Stopped
 
@@ -132,3 +134,15 @@ def test_a_checkpoint_that_fails_leaves_no_bytes(make_case: MakeCase) -> None:
         case.run(folder=folder, progress=progress)
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     assert left == {"step-000000001", "step-000000002"}
+
+
+def test_ranks_that_are_threads_end_at_the_next_action_when_they_are_left(make_case: MakeCase) -> None:
+    """One that waits for nobody too: an interrupt must not take as long as an epoch."""
+    case = make_case(kind="gcnii")
+    plan, specs = case.trainer().plan(0), case.specs()
+    with open_threads(specs) as backend:
+        backend.call("start_cold")
+        backend.hub.aborted.set()
+        with pytest.raises(RankFailed, match=r"rank 0 stopped after action 1 of \d+"):
+            backend.call("train_epoch", [(plan, (0.0,))])
+        assert open_board(specs).done()[0] == 1
