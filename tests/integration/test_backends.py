@@ -13,7 +13,7 @@ import torch
 
 from penstock.engine.chunked.backend import OpenBackend, Poll, RankFailed, open_board
 from penstock.engine.chunked.config import ChunkedConfig
-from penstock.engine.chunked.processes import ProcessBackend, open_processes
+from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.threads import open_threads
@@ -97,15 +97,13 @@ def test_training_on_gpus_follows_that_on_the_cpu(tiny_graph: GraphStore, tmp_pa
 
 
 class Killed:
-    """A backend whose stage 1 is killed while stage 0 is in the middle of epoch 2; which has to be told in time."""
+    """A backend with `pids` whose stage 1 is killed amid epoch 2 of stage 0, which has to be told in time."""
 
-    def __init__(self, backend: ProcessBackend, specs: Sequence[RankSpec]) -> None:
+    def __init__(self, backend: Any, specs: Sequence[RankSpec]) -> None:
         self.backend, self.board = backend, open_board(specs)
         self.killed_at = 0.0
 
-    def call(
-        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
-    ) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None) -> Any:
         if method != "train_epoch" or not arguments or arguments[0][0].epoch != 2:
             return self.backend.call(method, arguments, poll)
         victim = self.backend.pids[1]

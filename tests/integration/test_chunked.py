@@ -19,11 +19,11 @@ from penstock.training import train
 SHAPE = ["--mode", "chunked", "--chunks", "6", "--layers", "3", "--hidden", "16", "--threads", "1", "--quiet"]
 
 
-def command(*words: str | Path) -> list[str]:
+def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "penstock", *map(str, words)]
 
 
-def penstock(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def penstock(*words: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     return subprocess.run(command(*words), capture_output=True, text=True, env=environment, timeout=300, check=False)
 
