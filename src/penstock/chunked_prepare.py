@@ -15,9 +15,10 @@ from torch import nn
 from penstock.chunked_choice import Sizes, choose_ranks, size_ranks
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.features import TRAIN_SHARE
-from penstock.engine.chunked.layout import Layout
+from penstock.engine.chunked.layout import Layout, split_stages
+from penstock.engine.chunked.ownership import owned_names, unit_tensors
 from penstock.engine.chunked.schedule import chunk_order, load_sequence, plan_epoch
-from penstock.engine.chunked.setup import make_specs
+from penstock.engine.chunked.setup import make_specs, unit_costs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.trainer import initial_weights
 from penstock.engine.layered import check_chunkable, first_hidden
@@ -43,6 +44,17 @@ class PreparedRanks:
     chunks: ChunkStore
     layout: Layout
     specs: list[RankSpec]
+
+
+def _refuse_impossible(run: Run, model: nn.Module) -> None:
+    """ValueError, before any work, for what no preparation could make trainable."""
+    graph, num_features = run.graph, run.graph.meta.num_features
+    ids = graph.split_ids("train")
+    if not len(ids) or not (graph.meta.multi_label or (graph.labels[ids] >= 0).any()):
+        raise ValueError(f"{graph.path} has {len(ids)} train nodes, none with a label; give it some, as `train`")
+    check_chunkable(model, num_features)
+    units = split_stages(unit_costs(model, graph), run.config.chunked.stages)
+    owned_names(unit_tensors(model, num_features), [(unit.start, unit.stop) for unit in units])
 
 
 def cut_graph(run: Run, parts: int) -> ChunkStore:
@@ -181,7 +193,7 @@ def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mod
 def prepare_ranks(run: Run) -> PreparedRanks:
     """Do all that comes before training. DoesNotFit names what is too small, ValueError a model that cannot be cut."""
     model = make_model(run)
-    check_chunkable(model)
+    _refuse_impossible(run, model)
     config = _resolve(run, model)
     chunks = cut_graph(run, config.parts)
     sizes = size_ranks(run, chunks, config, model)

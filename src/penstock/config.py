@@ -55,7 +55,8 @@ class RunConfig(BaseModel):
     """Everything that decides the outcome of `penstock train`.
 
     `mode` sampled trains on sampled mini-batches (`sampler`, `plan`), chunked on the whole graph (`chunked`). With
-    `feed` packs, features come from disk; a chunked run keeps them in memory nevertheless where they fit.
+    `feed` packs, features come from disk; a chunked run keeps them in memory nevertheless where they fit. It evaluates
+    exactly or not at all, and writes numbers every epoch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,12 +97,23 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _is_consistent(self) -> "RunConfig":
         if self.mode == "chunked":
-            return self
+            return self._is_consistent_in_chunks()
         hops = len(self.sampler.layer_fanouts)
         if self.model.kind != "custom" and self.model.num_layers != hops:
             raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
         if self.evaluate.fanouts is not None and len(self.evaluate.fanouts) != hops:
             raise ValueError(f"evaluate.fanouts={self.evaluate.fanouts} are not {hops} as in training; give {hops}")
+        return self
+
+    def _is_consistent_in_chunks(self) -> "RunConfig":
+        if self.train.precision != "float32":
+            raise ValueError(
+                f"train.precision={self.train.precision} with mode=chunked, which is float32; leave it out"
+            )
+        if self.evaluate.fanouts is not None:
+            raise ValueError(
+                f"evaluate.fanouts={self.evaluate.fanouts} with mode=chunked, which evaluates exactly; leave them out"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:
