@@ -67,6 +67,7 @@ class Rank:
         self.model.train()
         self._order, self._rates, self._plan = plan.order, rates, plan
         self._position_of = {chunk: n for n, chunk in enumerate(plan.order)}
+        self._group_starts = {self._position_of[chunks[0]] for chunks in plan.groups}
         self._draw_key, self._loss = epoch_key(self.spec.train.seed, plan.epoch), 0.0
         if self._features is not None:
             self._features.begin(plan.epoch)
@@ -188,7 +189,7 @@ class Rank:
     def _prefetch_before(self, chunk: int) -> None:
         """The same on the way back: what recomputation pulls, and messages of chunks that are later in the order."""
         at = self._position_of[chunk] - 1
-        if at < 0:
+        if at + 1 in self._group_starts:  # before it are chunks that have had their backward pass
             return
         following = self._order[at]
         if self._plan.recompute:

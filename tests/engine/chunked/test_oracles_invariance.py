@@ -172,6 +172,13 @@ def test_histories_on_disk_with_parts_and_half_precision(make_case: MakeCase) ->
     assert case.equal(case.but(history_storage="disk").run(), case.but(history_storage="memory").run())
 
 
+def test_more_updates_read_no_more_of_the_disk(make_case: MakeCase) -> None:
+    """What is read ahead on the way back ends with the group."""
+    case = make_case(kind="gcn", gradient_mode="drop", history_storage="disk", epochs=3)
+    one, four = (case.but(updates_per_epoch=updates).run().reports[0] for updates in (1, 4))
+    assert 0 < four.history_read_bytes <= one.history_read_bytes
+
+
 def test_poisoned_tables_leave_no_trace(make_case: MakeCase) -> None:
     """What is dead is NaN in all these tests; a run without gives the same bits, so no dead row was ever read."""
     case = make_case(kind="gat", dtype="float32")
