@@ -22,6 +22,7 @@ from penstock.storage.graph import GraphStore
 from penstock.storage.rows import decode_rows
 from penstock.storage.table import FeatureTable
 
+_PIECE_BYTES = 16 << 20  # of features gathered at once: two reads of the table
 TRAIN_SHARE = 0.6  # of the feed's memory; the rest is for exact passes, whose packs have no tier
 
 
@@ -40,6 +41,19 @@ def _node_ids(part: PartChunks, chunk: int, halo: bool) -> NDArray[np.int64]:
     return np.concatenate([found.node_ids, found.halo_ids]) if halo else np.array(found.node_ids)
 
 
+def _gather(graph: GraphStore, table: FeatureTable, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Rows of any ids, in pieces: beside them little memory is taken, also where one chunk is the whole graph."""
+    rows = np.empty((len(ids), graph.meta.num_features), np.float32)
+    order = np.argsort(ids, kind="stable")
+    step = max(1, _PIECE_BYTES // max(1, rows.strides[0]))
+    for lo in range(0, len(ids), step):
+        piece = order[lo : lo + step]
+        raw = np.empty((len(piece), graph.row_format.row_bytes), np.uint8)
+        table.gather(ids[piece], raw)
+        rows[piece] = decode_rows(raw, graph.row_format)
+    return rows
+
+
 class MemoryFeatures:
     """Every chunk's features, gathered once: (1 + halo replication) x N x F values where layer 0 reads the halo."""
 
@@ -49,12 +63,7 @@ class MemoryFeatures:
         self._chunks: list[Tensor] = []
         with FeatureTable(graph) as table:
             for c in range(part.num_chunks):
-                ids = _node_ids(part, c, halo)
-                order = np.argsort(ids, kind="stable")
-                raw = np.empty((len(ids), graph.row_format.row_bytes), np.uint8)
-                table.gather(ids[order], raw)
-                rows = np.empty((len(ids), graph.meta.num_features), np.float32)
-                rows[order] = decode_rows(raw, graph.row_format)
+                rows = _gather(graph, table, _node_ids(part, c, halo))
                 self._chunks.append(torch.from_numpy(rows).to(device, dtype))
 
     def begin(self, epoch: int | None) -> None:
