@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
 
@@ -29,10 +31,13 @@ def draw_schedule(reports: Sequence[RankReport], layout: Layout, out: Path) -> N
     figure, axes = pyplot.subplots(figsize=(12, 1.2 + 0.6 * len(reports)))
     labelled = sum(len(report.kinds) for report in reports) <= _LABELLED
     for report in reports:
-        for kind, chunk, (start, end) in zip(report.kinds, report.chunks, report.spans.tolist(), strict=True):
-            axes.broken_barh([(start, end - start)], (report.rank - 0.4, 0.8), facecolors=_COLOURS.get(kind, "#000000"))
+        kinds, spans = np.array(report.kinds), report.spans
+        for kind, colour in _COLOURS.items():  # one collection for all bars of a kind: there may be 100,000
+            bars = [(start, end - start) for start, end in spans[kinds == kind].tolist()]
+            axes.broken_barh(bars, (report.rank - 0.4, 0.8), facecolors=colour)
+        for kind, chunk, middle in zip(report.kinds, report.chunks, spans.mean(axis=1).tolist(), strict=True):
             if labelled and kind in ("forward", "backward"):
-                axes.text((start + end) / 2, report.rank, str(chunk), ha="center", va="center", fontsize=6)
+                axes.text(middle, report.rank, str(chunk), ha="center", va="center", fontsize=6)
     names = [f"part {layout.part_of(r.rank)} stage {layout.stage_of(r.rank)}" for r in reports]
     axes.set_yticks(range(len(reports)), names)
     axes.invert_yaxis()
