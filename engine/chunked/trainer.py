@@ -42,6 +42,7 @@ from penstock.storage.progress import Progress, silent
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_S = 10.0  # epochs shorter than this are not worth a checkpoint each
+_CHECKPOINT_SHARE = 0.05  # of the time may go into checkpoints that nobody asked for: histories are large
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +117,7 @@ class ChunkedTrainer:
         self._errors: dict[int, float] = {}
         self._epoch_s: list[float] = []
         self._times = {"exact": 0.0, "checkpoint": 0.0}
+        self._last_save_s = 0.0
         self._reports: list[RankReport] = []
         self._plan: EpochPlan | None = None
 
@@ -318,7 +320,7 @@ class ChunkedTrainer:
         minutes = train.checkpoint_minutes is not None and since >= train.checkpoint_minutes * 60
         items = train.checkpoint_items is not None and state.epochs_done % train.checkpoint_items == 0
         stops = self._stop.is_set() and not self._finished
-        if stops or minutes or items or self._finished or since >= _CHECKPOINT_S:
+        if stops or minutes or items or self._finished or is_worth_saving(since, self._last_save_s):
             if saved != state.epochs_done:
                 self._save()
         if stops:
@@ -339,7 +341,13 @@ class ChunkedTrainer:
         value = {"state": asdict(self.state), "identity": self._identity, "full": full}
         publish_checkpoint(self._checkpoints, epoch, value, files, keep=self.train.keep_checkpoints)
         self._saved = (epoch, time.monotonic())
-        self._times["checkpoint"] += time.perf_counter() - began
+        self._last_save_s = time.perf_counter() - began
+        self._times["checkpoint"] += self._last_save_s
+
+
+def is_worth_saving(since_s: float, save_s: float) -> bool:
+    """Whether it is time for a checkpoint, `since_s` after the last one, which took `save_s`."""
+    return since_s >= max(_CHECKPOINT_S, save_s / _CHECKPOINT_SHARE)
 
 
 def initial_weights(path: Path, model: torch.nn.Module) -> Path:

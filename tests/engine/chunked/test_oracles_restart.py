@@ -11,7 +11,7 @@ import pytest
 
 from penstock.engine.chunked.backend import RankFailed, open_board
 from penstock.engine.chunked.threads import open_threads
-from penstock.engine.chunked.trainer import ChunkedResult
+from penstock.engine.chunked.trainer import ChunkedResult, is_worth_saving
 from penstock.engine.trainer import Stopped
 
 if TYPE_CHECKING:
@@ -146,3 +146,8 @@ def test_ranks_that_are_threads_end_at_the_next_action_when_they_are_left(make_c
         with pytest.raises(RankFailed, match=r"rank 0 stopped after action 1 of \d+"):
             backend.call("train_epoch", [(plan, (0.0,))])
         assert open_board(specs).done()[0] == 1
+
+
+def test_checkpoints_that_take_long_are_rare() -> None:
+    assert not is_worth_saving(9, save_s=0) and is_worth_saving(10, save_s=0)
+    assert not is_worth_saving(100, save_s=6) and is_worth_saving(121, save_s=6)
