@@ -8,10 +8,10 @@ It is written under a temporary name, synced and renamed, so a folder of that na
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import xxhash
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "penstock/checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9,})")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +105,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is intact, None where there is none at all.
+    """Read the newest checkpoint that is intact; see `read_intact`."""
+    for replaced in folder.glob(".step-*.old"):  # killed between the two renames of `write_checkpoint`
+        if not (final := folder / replaced.name[1 : -len(".old")]).exists():
+            replaced.rename(final)
+    return read_intact(folder, read_checkpoint)
+
+
+def read_intact(folder: Path, read: Callable[[Path], _Found]) -> _Found | None:
+    """What `read` makes of the newest checkpoint that is intact, None where there is none at all.
 
     A damaged one is skipped with a warning; FormatError where all are damaged, because starting over without a word
     would throw work away.
     """
     damaged: FormatError | None = None
-    for replaced in folder.glob(".step-*.old"):  # killed between the two renames of `write_checkpoint`
-        if not (final := folder / replaced.name[1 : -len(".old")]).exists():
-            replaced.rename(final)
     for path in list_checkpoints(folder):
         try:
-            return read_checkpoint(path)
+            return read(path)
         except FormatError as error:
             logger.warning("checkpoint %s is damaged, using the one before it: %s", path, error)
             damaged = error

@@ -5,17 +5,14 @@ last, which names size and checksum of every file. It is made under a temporary 
 complete.
 """
 
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.checkpoint import list_checkpoints
+from penstock.engine.checkpoint import list_checkpoints, read_intact
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import checksum_file, fsync_folder, read_json, write_json
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "penstock/chunked-checkpoint"
 VERSION = 1
@@ -78,17 +75,5 @@ def read_checkpoint(path: Path) -> ChunkedCheckpoint:
 
 
 def read_latest(folder: Path) -> ChunkedCheckpoint | None:
-    """The newest intact checkpoint, None where there is none at all; damaged ones are skipped with a warning.
-
-    FormatError where all are damaged, because starting over without a word would throw work away.
-    """
-    damaged: FormatError | None = None
-    for path in list_checkpoints(folder):
-        try:
-            return read_checkpoint(path)
-        except FormatError as error:
-            logger.warning("checkpoint %s is damaged, using the one before it: %s", path, error)
-            damaged = error
-    if damaged:
-        raise FormatError(f"no checkpoint in {folder} is intact ({damaged}); delete the folder to train from the start")
-    return None
+    """Read the newest checkpoint that is intact; see `engine.checkpoint.read_intact`."""
+    return read_intact(folder, read_checkpoint)
