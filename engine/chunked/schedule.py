@@ -8,7 +8,7 @@ Lists are data: `validate` proves one sound, `simulate` predicts it, every backe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Literal
@@ -72,6 +72,10 @@ class EpochPlan:
     recompute: bool
     actions: tuple[tuple[Action, ...], ...]
     exact: bool = False
+
+    def only_for(self, rank: int) -> "EpochPlan":
+        """The same without the lists of other ranks, which a rank has no use for: they are most of what is sent."""
+        return replace(self, actions=tuple(own if n == rank else () for n, own in enumerate(self.actions)))
 
 
 def chunk_order(

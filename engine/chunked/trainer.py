@@ -67,7 +67,6 @@ class ChunkedResult:
     state: ChunkedState
     resumed_from: int
     reports: tuple[RankReport, ...]
-    plan: EpochPlan | None
     epoch_s: tuple[float, ...]
     exact_s: float
     checkpoint_s: float
@@ -119,7 +118,6 @@ class ChunkedTrainer:
         self._times = {"exact": 0.0, "checkpoint": 0.0}
         self._last_save_s = 0.0
         self._reports: list[RankReport] = []
-        self._plan: EpochPlan | None = None
 
     def run(self, *, resume: bool = True) -> ChunkedResult:
         """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when
@@ -149,7 +147,6 @@ class ChunkedTrainer:
             state=self.state,
             resumed_from=resumed_from,
             reports=tuple(self._reports),
-            plan=self._plan,
             epoch_s=tuple(self._epoch_s),
             exact_s=self._times["exact"],
             checkpoint_s=self._times["checkpoint"],
@@ -233,13 +230,13 @@ class ChunkedTrainer:
 
     def _epoch(self) -> None:
         epoch, updates = self.state.epochs_done, self.chunked.updates_per_epoch
-        self._plan = self.plan(epoch)
+        plan = self.plan(epoch)
         rates = tuple(
             learning_rate(self.train, epoch * updates + n, updates, self.train.epochs) for n in range(updates)
         )
         began = time.perf_counter()
         self._board.reset()
-        self._reports = self._call("train_epoch", [(self._plan, rates)] * self.layout.num_ranks)
+        self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plan)])
         self._epoch_s.append(time.perf_counter() - began)
         last = self.layout.stages - 1
         loss = math.fsum(r.loss for r in self._reports if self.layout.stage_of(r.rank) == last) / updates
@@ -292,11 +289,13 @@ class ChunkedTrainer:
         """Run an exact pass after the epochs done so far; it `compares` histories where there are some."""
         began = time.perf_counter()
         epoch = len(self.state.losses) - 1  # the version of rows that come before the next epoch
-        plan = plan_exact(self.layout, self._stage_layers(), self._num_chunks, epoch)
-        validate_plan(plan, self.layout, period=self.chunked.period)
+        layers = self._stage_layers()
+        plan = plan_exact(self.layout, layers, self._num_chunks, epoch)
+        validate_plan(plan, self.layout, stage_layers=layers)
         sampled = epoch % self._num_chunks if compares else None
         self._board.reset()
-        reports: list[ExactReport] = self._call("exact_pass", [(plan, keep, splits, sampled)] * self.layout.num_ranks)
+        arguments = [(own, keep, splits, sampled) for own in self._own_lists(plan)]
+        reports: list[ExactReport] = self._call("exact_pass", arguments)
         totals = {split: Counts(self._num_classes) for split in splits}
         errors: dict[int, list[float]] = {}
         for report in reports:
@@ -307,6 +306,9 @@ class ChunkedTrainer:
         self._errors = {layer: float(np.mean(values)) for layer, values in sorted(errors.items())}
         self._times["exact"] += time.perf_counter() - began
         return {split: counts.metrics() for split, counts in totals.items()}
+
+    def _own_lists(self, plan: EpochPlan) -> list[EpochPlan]:
+        return [plan.only_for(rank) for rank in range(self.layout.num_ranks)]
 
     def _stage_layers(self) -> tuple[range, ...]:
         """Hidden layers by stage: unit n is the n-th of them, unit 0 is none."""

@@ -195,3 +195,9 @@ def test_a_stage_without_hidden_layers_sends_what_it_entered() -> None:
     )
     with pytest.raises(ValueError, match="1 ranges for 2 stages"):
         plan_exact(Layout(2, 1), [range(1, 2)], 1, epoch=0)
+
+
+def test_a_rank_is_sent_its_own_list_only() -> None:
+    plan = plan_epoch(Layout(2, 2), epoch=1, order=(1, 0, 2))
+    own = plan.only_for(2)
+    assert own.actions == ((), (), plan.actions[2], ()) and (own.epoch, own.order) == (1, (1, 0, 2))
