@@ -1,6 +1,7 @@
 """The chunks of one part as torch blocks: topology, messages between chunks, labels and masks.
 
-Everything is read from the chunk store once and kept: 8 bytes per edge, and 8 per row that another chunk reads.
+Everything is read from the chunk store once and kept: 4 bytes per edge and 4 for its weight, 12 per row that another
+chunk reads, and what `BlockCache` adds.
 """
 
 from dataclasses import dataclass, replace

@@ -65,7 +65,7 @@ class GraphFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model: L hidden layers of H columns of `itemsize` bytes, features of `num_features`.
+    """A model: L hidden layers of H columns of `itemsize` bytes, features of `num_features`, a node's `label_bytes`.
 
     `uses_initial`: the rows that entered travel along, and every wire carries 2 H columns.
     """
@@ -76,6 +76,7 @@ class ModelFacts:
     parameter_bytes: int
     uses_initial: bool = False
     itemsize: int = 4
+    label_bytes: int = 8
 
     @property
     def state_bytes(self) -> int:
@@ -214,6 +215,7 @@ def _constant_bytes(split: Split, piece: Piece, model: ModelFacts, config: Chunk
     features = _LOADED_CHUNKS * (piece.own + piece.halo).max() * model.num_features * model.itemsize
     history = resident_history_bytes(split, piece, model, config)
     constant = topology + features * (split.stages == 0) + history + _STATE_COPIES * model.parameter_bytes
+    constant = constant + piece.own.sum() * model.label_bytes * (split.stages == split.layout.stages - 1)
     return np.asarray(constant.round(), np.int64)
 
 

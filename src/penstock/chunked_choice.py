@@ -58,22 +58,26 @@ def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["mem
 def _graph_facts(stores: dict[int, ChunkStore]) -> GraphFacts:
     whole = stores[min(stores)]
     parts = [whole.part(part) for part in range(whole.meta.num_parts)]
+    own, halo, edges = (
+        np.sum([getattr(part, name) for part in parts], axis=0) for name in ("own_sizes", "halo_sizes", "edge_sizes")
+    )
     return GraphFacts(
-        own_rows=sum(part.own_sizes for part in parts),  # type: ignore[arg-type]  # arrays
-        halo_rows=sum(part.halo_sizes for part in parts),  # type: ignore[arg-type]  # arrays
-        edges=sum(part.edge_sizes for part in parts),  # type: ignore[arg-type]  # arrays
+        own_rows=own,
+        halo_rows=np.maximum(0, halo - whole.meta.part_alpha * own).astype(np.int64),  # mirrors are counted apart
+        edges=edges,
         part_alpha={parts: store.meta.part_alpha for parts, store in stores.items()},
     )
 
 
 def _model_facts(run: Run, model: nn.Module) -> ModelFacts:
-    num_features = run.graph.meta.num_features
+    meta = run.graph.meta
     return ModelFacts(
         hidden_layers=len(hidden_layers(model)),
-        width=hidden_width(model, num_features),
-        num_features=num_features,
+        width=hidden_width(model, meta.num_features),
+        num_features=meta.num_features,
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         uses_initial=uses_initial(model),
+        label_bytes=4 * meta.num_classes if meta.multi_label else 8,
     )
 
 

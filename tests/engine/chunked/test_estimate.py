@@ -240,3 +240,12 @@ def test_the_table_has_a_row_per_choice() -> None:
     assert pipeline["stage bytes"] == "342 MiB"
     assert pipeline["fits"] == "yes"
     assert pipeline["histories"].endswith("in memory")
+
+
+def test_the_last_stage_has_the_labels() -> None:
+    costs = [
+        split_costs(split(Layout(4, 2)), facts(p2=0.5), model(label_bytes=label_bytes), profile(), ChunkedConfig())
+        for label_bytes in (8, 408)
+    ]
+    more = costs[1].constant_bytes - costs[0].constant_bytes
+    assert more.tolist() == [0, 0, 0, 400 * NUM_NODES // 2] * 2
