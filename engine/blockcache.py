@@ -24,10 +24,6 @@ class BlockCache:
             found = self._made[name] = make()
         return cast(_Made, found)  # a name belongs to one caller, which always makes the same type
 
-    def clear(self) -> None:
-        """Forget all; what is in use stays alive until its users are done."""
-        self._made.clear()
-
 
 def derived(cache: BlockCache | None, name: str, make: Callable[[], _Made]) -> _Made:
     """Make a value, or take it from the cache where there is one."""

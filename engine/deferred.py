@@ -47,10 +47,6 @@ class WeightGradients:
                 weight.grad = torch.zeros_like(weight)
             weight.grad.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
 
-    def discard(self) -> None:
-        """Forget what is due."""
-        self._due = []
-
     @property
     def num_bytes(self) -> int:
         """Memory that is held for what is due; storage that several inputs share counts once."""

@@ -169,9 +169,6 @@ def test_what_is_derived_from_a_block_is_made_once(graph: Block, x: Tensor) -> N
         made = [cache.get(name, refuse) for name in names]
         if kind == "gat":  # the block with self-loops has a cache of its own, and never an old pass's draws
             assert made[0].draws is None and made[0].cache.get("edges by source", refuse) is not None
-        cache.clear()
-        with pytest.raises(AssertionError, match="made twice"):
-            cache.get(names[0], refuse)
 
 
 @every_kind
