@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from penstock.config import load_config
 from penstock.storage.budget import MIB
 from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.graph import GraphStore
 from penstock.training import train
 
 SHAPE = ["--mode", "chunked", "--chunks", "6", "--layers", "3", "--hidden", "16", "--threads", "1", "--quiet"]
@@ -130,6 +134,30 @@ def test_packs_and_histories_on_disk_give_the_weights_of_memory(graph: Path, tmp
     found = train(load_config(flags={**flags, "run_dir": tmp_path / "memory", "feed": "memory"}))
     assert found["schedule"]["features"] == "memory" and found["ranks"][0]["history_read_bytes"] == 0
     assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels", "train_ids", "message"),
+    [
+        ({"chunked.stages": 4}, [0, 1] * 20, range(40), "stages=4 cannot share 3 units"),
+        ({}, [0, 1] * 20, [], "has 0 train nodes, none with a label"),
+        ({}, [-1, 1] * 20, range(0, 40, 2), "has 20 train nodes, none with a label"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_graph_is_cut(
+    make_graph: Callable[..., GraphStore],
+    tmp_path: Path,
+    flags: dict[str, Any],
+    labels: list[int],
+    train_ids: Sequence[int],
+    message: str,
+) -> None:
+    edges = np.random.default_rng(0).integers(0, 40, (120, 2))
+    graph = make_graph(40, edges, labels=np.array(labels), train=np.array(train_ids, np.int64))
+    needed = {"dataset": graph.path, "run_dir": tmp_path / "run", "mode": "chunked", "model.kind": "gcn"}
+    with pytest.raises(ValueError, match=message):
+        train(load_config(flags={**needed, "chunked.chunks": 2, **flags}))
+    assert not (tmp_path / "run" / "chunks").exists()
 
 
 @pytest.mark.slow
