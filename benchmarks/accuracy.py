@@ -1,9 +1,9 @@
-"""Accuracy on real graphs: Cora with GCN and facebook with SAGE, mean of several seeds.
+"""Accuracy on real graphs: Cora with GCN and facebook with SAGE, mean of several seeds; see also `accuracy_chunked`.
 
 From the Parquet files to the test accuracy with the engine's own parts: ingest, sample, feed, train, keep the weights
 of the epoch with the best valid accuracy, score the test split once, exactly. Nothing is chosen by test accuracy.
 
-    PENSTOCK_DATA=/path/to/datasets python -m penstock.benchmarks.accuracy [cora|facebook] [--seeds 5] [--json]
+    PENSTOCK_DATA=/path/to/datasets python -m penstock.benchmarks.accuracy [cora|facebook|...] [--seeds 5] [--json]
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from penstock.benchmarks.accuracy_chunked import CHUNKED_CASES, run_chunked_case
 from penstock.benchmarks.harness import machine, record, scratch_folder
 from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.memory_feed import open_memory_feed
@@ -118,9 +119,8 @@ def train_case(graph: GraphStore, case: Case, seed: int, folder: Path) -> dict[s
     }
 
 
-def run_case(case: Case, data: Path, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
+def run_case(case: Case, graph: GraphStore, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
     """Yield the result of every seed, then a record of their mean against the target."""
-    graph = ingest_case(case, data, folder)
     accuracies = []
     for seed in range(seeds):
         found = train_case(graph, case, seed, folder / f"{case.graph}-{seed}")
@@ -132,10 +132,19 @@ def run_case(case: Case, data: Path, folder: Path, seeds: int) -> Iterator[dict[
     yield {**mean, "deviation": deviation}
 
 
+def _run(name: str, data: Path, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
+    """Run a case of either kind; graphs are ingested once."""
+    chunked = CHUNKED_CASES.get(name)
+    graph = ingest_case(CASES[chunked.graph if chunked else name], data, folder)
+    if chunked:
+        return run_chunked_case(name, chunked, graph, folder, seeds)
+    return run_case(CASES[name], graph, folder, seeds)
+
+
 def main() -> None:
     """Run the cases and print one line per seed and case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, *CHUNKED_CASES, []], help="default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -143,8 +152,8 @@ def main() -> None:
     if not data:
         parser.error("set PENSTOCK_DATA to the folder that holds cora/ and facebook/")
     with scratch_folder() as folder:
-        for name in options.cases or CASES:
-            for line in run_case(CASES[name], Path(data), folder, options.seeds):
+        for name in options.cases or [*CASES, *CHUNKED_CASES]:
+            for line in _run(name, Path(data), folder, options.seeds):
                 print(json.dumps(line) if options.json else "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
     print(json.dumps(machine()) if options.json else f"machine {machine()}")
 

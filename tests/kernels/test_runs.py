@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,10 +51,10 @@ def test_spreads_rows_as_the_reference_does(sizes: list[int], dtype: type, chose
     rng = np.random.default_rng(sum(sizes))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(np.array(sizes[::-1]) + 1)])[:-1][::-1].astype(np.int64)
-    rows = rng.standard_normal((max(1, offsets[-1]), 3)).astype(dtype)
+    rows: NDArray[Any] = rng.standard_normal((max(1, offsets[-1]), 3)).astype(dtype)
     which = rng.integers(0, len(rows), offsets[-1]) if chosen else None
-    outs = [np.full((sum(sizes) + len(sizes), 3), np.nan, dtype) for _ in MODULES]
+    outs: list[NDArray[Any]] = [np.full((sum(sizes) + len(sizes), 3), np.nan, dtype) for _ in MODULES]
     for module, out in zip(MODULES, outs, strict=True):
         module.spread_runs(rows, which, offsets, starts, out, min(cut, len(sizes)), len(sizes))
-    np.testing.assert_array_equal(*outs)
+    np.testing.assert_array_equal(outs[0], outs[1])
     assert np.isnan(outs[0]).any(axis=1).sum() == len(outs[0]) - sum(sizes[min(cut, len(sizes)) :])
