@@ -19,7 +19,7 @@ from penstock.engine.feed import open_pack_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.storage.chunks import PartChunks
 from penstock.storage.graph import GraphStore
-from penstock.storage.rows import decode_rows
+from penstock.storage.rows import RowDtype, RowFormat, decode_rows
 from penstock.storage.table import FeatureTable
 
 _PIECE_BYTES = 16 << 20  # of features gathered at once: two reads of the table
@@ -41,16 +41,16 @@ def _node_ids(part: PartChunks, chunk: int, halo: bool) -> NDArray[np.int64]:
     return np.concatenate([found.node_ids, found.halo_ids]) if halo else np.array(found.node_ids)
 
 
-def _gather(graph: GraphStore, table: FeatureTable, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def _gather(table: FeatureTable, row_format: RowFormat, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """Rows of any ids, in pieces: beside them little memory is taken, also where one chunk is the whole graph."""
-    rows = np.empty((len(ids), graph.meta.num_features), np.float32)
+    rows = np.empty((len(ids), row_format.width), np.float32)
     order = np.argsort(ids, kind="stable")
     step = max(1, _PIECE_BYTES // max(1, rows.strides[0]))
     for lo in range(0, len(ids), step):
         piece = order[lo : lo + step]
-        raw = np.empty((len(piece), graph.row_format.row_bytes), np.uint8)
+        raw = np.empty((len(piece), row_format.row_bytes), np.uint8)
         table.gather(ids[piece], raw)
-        rows[piece] = decode_rows(raw, graph.row_format)
+        rows[piece] = decode_rows(raw, row_format)
     return rows
 
 
@@ -58,12 +58,20 @@ class MemoryFeatures:
     """Every chunk's features, gathered once: (1 + halo replication) x N x F values where layer 0 reads the halo."""
 
     def __init__(
-        self, graph: GraphStore, part: PartChunks, *, halo: bool, dtype: torch.dtype, device: torch.device
+        self,
+        graph: GraphStore,
+        part: PartChunks,
+        *,
+        halo: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        row_dtype: RowDtype | None = None,
     ) -> None:
         self._chunks: list[Tensor] = []
-        with FeatureTable(graph) as table:
+        row_format = RowFormat(dtype=row_dtype or graph.meta.feature_dtype, width=graph.meta.num_features)
+        with FeatureTable(graph, row_format) as table:
             for c in range(part.num_chunks):
-                rows = _gather(graph, table, _node_ids(part, c, halo))
+                rows = _gather(table, row_format, _node_ids(part, c, halo))
                 self._chunks.append(torch.from_numpy(rows).to(device, dtype))
 
     def begin(self, epoch: int | None) -> None:
@@ -149,7 +157,7 @@ def open_features(
 ) -> Iterator[FeatureSource]:
     """Open what `spec` says, for one part."""
     if spec.kind == "memory":
-        yield MemoryFeatures(graph, part, halo=halo, dtype=dtype, device=device)
+        yield MemoryFeatures(graph, part, row_dtype=spec.row_dtype, halo=halo, dtype=dtype, device=device)
         return
     packs = PackFeatures(spec, graph, part, host_memory=host_memory, threads=threads, dtype=dtype, device=device)
     try:

@@ -13,17 +13,19 @@ from penstock.engine.chunked.layout import Layout
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
 from penstock.storage.graph import Split
+from penstock.storage.rows import RowDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSpec:
-    """Where stage 0 of one part reads features from: all of its rows in memory, or packs.
+    """Where stage 0 of one part reads features from: all of its rows in memory, through `row_dtype`, or packs.
 
     `packs` have the chunks of `cycle_orders` epochs in the order in which they are loaded, `exact_packs`
     all chunks in order.
     """
 
     kind: Literal["memory", "packs"]
+    row_dtype: RowDtype | None = None
     packs: Path | None = None
     exact_packs: Path | None = None
     items_per_epoch: int = 0

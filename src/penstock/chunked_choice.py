@@ -29,12 +29,16 @@ _BATCHES = 2.1  # of the largest chunk that a feed holds, as extents and again a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Memory of every rank, and where features come from. `feed_bytes` is for the first stage of a part."""
+    """Memory of every rank, where features come from, and the units of every stage, by measured cost.
+
+    `feed_bytes` is for the first stage of a part.
+    """
 
     features: Literal["memory", "packs"]
     recompute: bool
     history_bytes: int
     feed_bytes: int
+    units: tuple[range, ...]
 
 
 def _feature_rows(chunks: ChunkStore, model: nn.Module) -> NDArray[np.int64]:
@@ -120,6 +124,7 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
         recompute=choice.recompute,
         history_bytes=rank_bytes - choice.peak_bytes + choice.resident_history_bytes,
         feed_bytes=0 if features == "memory" else feature_bytes // config.parts,
+        units=choice.units,
     )
 
 

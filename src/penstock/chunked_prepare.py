@@ -146,7 +146,7 @@ def _pack(
 def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, sizes: Sizes) -> list[FeatureSpec]:
     """By part: in memory where they fit or the user wants it, else packs."""
     if sizes.features == "memory":
-        return [FeatureSpec(kind="memory")] * config.parts
+        return [FeatureSpec(kind="memory", row_dtype=run.config.plan.row_dtype)] * config.parts
     halo = first_hidden(model) == 1
     sequences = _sequences(config, run.config.train.seed, sizes.recompute)
     reuse = run.config.plan.model_copy(update={"mode": "reuse"})
@@ -213,5 +213,6 @@ def prepare_ranks(run: Run) -> PreparedRanks:
         history_memory=sizes.history_bytes,
         feed_memory=sizes.feed_bytes,
         threads=max(1, run.threads // (config.stages * config.parts)),
+        units=sizes.units,
     )
     return PreparedRanks(model=model, chunks=chunks, layout=Layout(config.stages, config.parts), specs=specs)
