@@ -84,7 +84,7 @@ CHUNKED_CASES = {
     "cora_gcnii16": ChunkedCase(
         graph="cora",
         model=ModelConfig(kind="gcnii", num_layers=16, hidden=64, dropout=0.6, input_dropout=0.6, alpha=0.1, theta=0.5),
-        train=TrainConfig(epochs=200, lr=0.01, weight_decay=5e-3, checkpoint_minutes=None),
+        train=TrainConfig(epochs=200, lr=0.003, weight_decay=5e-3, checkpoint_minutes=None),
         sides={FULL: ChunkedConfig(chunks=1), **_modes()},
         promised=("stale_metis", "stale_random"),
         margin=0.01,
