@@ -11,8 +11,8 @@ No other system that trains in this way runs here, so the peers are our own, and
 caches, transport and allocator, one thread per rank, rows in the same order, cut by METIS as well, activations kept on
 both sides wherever they fit. Graph parallel has one chunk per part, which needs no histories of the past: that is its
 fastest form. Bytes are those of rows and their gradients; what it takes to sum weight gradients over parts is known
-exactly (`footprint.reduce_bytes`) and left out. All models are GCN with residuals and layer norms, 16 layers of 64
-on hidden rows, which is what L counts, after one on features.
+exactly (`footprint.reduce_bytes`) and left out. All models are GCN with residuals and layer norms: a layer on
+features and 16 on hidden rows, which is what L counts.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,9 @@ from penstock.sampler.estimate import measure_disk
 from penstock.storage.budget import MIB, available_memory
 from penstock.storage.history import HistorySet
 
-NUM_NODES = {"two_stages": 500_000, "vs_graph_parallel": 200_000, "out_of_core": 500_000}
+NUM_NODES = {"two_stages": 500_000, "vs_graph_parallel": 200_000, "out_of_core": 250_000}
 CHUNKS = {"two_stages": 32, "vs_graph_parallel": 16, "out_of_core": 64}  # the best of 8, 16, 32; the fewest that fit
+HIDDEN = {"two_stages": 64, "vs_graph_parallel": 64, "out_of_core": 128}
 HISTORY_FACTOR = 8  # histories over the host memory given
 HISTORY_SHARE = 0.25  # of the host memory given; topology, features and one chunk's activations take the rest
 _ACTIVATION_BYTES = 50_000  # of a node in 16 layers of 64, kept for backward, with its histories; measured
@@ -135,7 +136,7 @@ def run(*, scale: float, repeats: int, folder: Path, out_of_core: bool = False) 
     cases = {"out_of_core": _out_of_core} if out_of_core else _CASES
     for name, case in cases.items():
         num_nodes = max(1000, int(NUM_NODES[name] * scale))
-        setting = Setting(graph=write_pipeline_graph(folder, num_nodes), folder=folder)
+        setting = Setting(graph=write_pipeline_graph(folder, num_nodes), folder=folder, hidden=HIDDEN[name])
         yield from case(setting, CHUNKS[name], repeats)
 
 
