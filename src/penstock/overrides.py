@@ -35,13 +35,19 @@ def assign(value: dict[str, Any], dotted: str, item: Any) -> None:
     value[last] = item
 
 
-def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _known_keys(model: type[BaseModel], path: Iterable[Any], *, sections: bool) -> list[str]:
+    """Keys at `path`; only sections where one was meant, so that `modle.kind` suggests `model` and not `mode`."""
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation: Any = model.model_fields[str(part)].annotation
+        if not _is_section(annotation):
             break
         model = annotation
-    return list(model.model_fields)
+    named = {name: _is_section(field.annotation) for name, field in model.model_fields.items()}
+    return [name for name, is_section in named.items() if is_section or not sections] or list(named)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -51,7 +57,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         *path, key = problem["loc"] or ("",)
         dotted = ".".join(str(part) for part in (*path, key))
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(model, path)
+            known = _known_keys(model, path, sections=isinstance(problem["input"], dict))
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             lines.append(f"unknown key {dotted!r}; {hint}")

@@ -28,7 +28,7 @@ def test_flags_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> Non
     ("overrides", "message"),
     [
         (["train.epoch=3"], "unknown key 'train.epoch'; did you mean 'epochs'?"),
-        (["trian.lr=1"], "did you mean 'train'?"),
+        (["modle.kind=gcn"], "did you mean 'model'?"),
         (["train.lr=fast"], "train.lr='fast'"),
         (["train.lr"], "is no assignment"),
         (["train.lr=2", "train.lr.x=1"], "is a value, not a section"),
