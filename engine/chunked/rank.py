@@ -206,9 +206,9 @@ class Rank:
         tape = self._tapes.pop(chunk, None)
         if tape is None:
             tape = self._replay(chunk)
-        group = next(n for n, chunks in enumerate(self._plan.groups) if chunk in chunks)
         if self._next is None:
-            total = int(self._totals[list(self._plan.groups[group])].sum())
+            group = next(chunks for chunks in self._plan.groups if chunk in chunks)
+            total = int(self._totals[list(group)].sum())
             value, grad, grad_initial = self._compute.loss(chunk, tape, max(1, total))
             self._loss += value
             if not np.isfinite(value):

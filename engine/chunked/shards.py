@@ -10,20 +10,20 @@ Histories belong to one cut of the graph: they are read again only with the same
 of stages.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.storage.errors import FormatError, full_disk_is_clear
+from penstock.engine.checkpoint import pack_tensors
+from penstock.storage.errors import FormatError
+from penstock.storage.manifest import write_atomic
 from penstock.storage.npyfile import NpyWriter, open_npy
 
 if TYPE_CHECKING:
@@ -44,11 +44,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) 
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    data = safetensors.torch.save({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()})
-    with full_disk_is_clear(path), open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    data = pack_tensors(tensors)
+    write_atomic(path, data)
     return {"bytes": len(data), "xxh3": str(xxhash.xxh3_64_hexdigest(data))}
 
 

@@ -147,10 +147,9 @@ class StageCompute:
         with torch.set_grad_enabled(grad), weights:
             if self.enters:
                 h, initial = layered.enter(self.model, data.drawn(at.draw_key, 0), entry)
-                tape = Tape(entry=h, entry_initial=initial, weights=weights)
             else:
                 h, initial = _leaf(entry), None if initial is None else _leaf(initial)
-                tape = Tape(entry=h, entry_initial=initial, weights=weights)
+            tape = Tape(entry=h, entry_initial=initial, weights=weights)
             initial = None if initial is None else _leaf(initial)
             for layer in self.hidden:
                 if first:
