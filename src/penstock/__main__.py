@@ -26,8 +26,8 @@ app = App(
 class RunOptions:
     """Options of the verbs that work on a run folder. Flags win over --set, --set over the YAML file."""
 
-    run_dir: Path | None = None
-    "Folder of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
+    run_dir: str | None = None
+    "Folder or URI of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
     config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None
     "YAML file with the whole configuration."
     set: list[str] = field(default_factory=list)
@@ -76,6 +76,22 @@ class RunOptions:
     "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer (sampled)."
     policy: Literal["belady", "static", "none"] | None = None
     "Who sits in the host tier."
+    ray: str | None = None
+    "Run on Ray: auto (this machine's cluster, or RAY_ADDRESS), local (start one), or host:port."
+    replicas: int | None = None
+    "Replicas of the model, each with its own items and packs; gradients are averaged. Default: 1."
+    accumulate: int | None = None
+    "Items per optimizer step, over all replicas. Default: one per replica."
+    feeders: int | None = None
+    "Processes that sample and pack for the replicas, on any node with room (Ray). Default: 0, replicas do it."
+    retries: int | None = None
+    "How often all replicas or ranks start anew from the newest checkpoint after a failure."
+    stage_dir: Path | None = None
+    "Local folder for copies of remote data, and for packs and scratch of replicas."
+    track: str | None = None
+    "Trackers that get all numbers: tensorboard, mlflow, wandb, separated by commas."
+    trace: str | None = None
+    "Write timeline.json, for Perfetto, of steps first:stop."
     result_json: Path | None = None
     "Write a copy of result.json there."
     force: bool = False
@@ -83,7 +99,7 @@ class RunOptions:
     quiet: bool = False
     "No progress."
 
-    def load(self, dataset: Path | None) -> Any:
+    def load(self, dataset: str | None) -> Any:
         """Compose the `RunConfig`; ValueError where it is wrong."""
         from penstock.config import load_config
 
@@ -93,9 +109,24 @@ class RunOptions:
                 fanouts = tuple(int(part) for part in self.fanouts.split(","))
             except ValueError as error:
                 raise ValueError(f"--fanouts {self.fanouts!r}: write integers like 10,15,20") from error
+        trace_steps = None
+        if self.trace is not None:
+            try:
+                trace_steps = tuple(int(part) for part in self.trace.split(":"))
+            except ValueError as error:
+                raise ValueError(f"--trace {self.trace!r}: write two steps like 100:140") from error
         flags = {
-            "dataset": None if dataset is None else str(dataset),
-            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            "dataset": dataset,
+            "run_dir": self.run_dir,
+            "cluster.address": self.ray,
+            "cluster.replicas": self.replicas,
+            "cluster.feeders": self.feeders,
+            "cluster.retries": self.retries,
+            "chunked.retries": self.retries,
+            "train.accumulate": self.accumulate,
+            "remote.stage_dir": None if self.stage_dir is None else str(self.stage_dir),
+            "track.trackers": None if self.track is None else tuple(name for name in self.track.split(",") if name),
+            "track.trace_steps": trace_steps,
             "budgets.host_memory": self.host_memory,
             "budgets.device_memory": self.device_memory,
             "budgets.disk": self.disk,
@@ -200,11 +231,11 @@ def generate(
 
 
 @app.command
-def plan(dataset: Path | None = None, *, options: RunOptions | None = None, json: bool = False) -> None:
+def plan(dataset: str | None = None, *, options: RunOptions | None = None, json: bool = False) -> None:
     """Sample, then say what packing and training would move, need and take, before any byte is packed.
 
     Args:
-        dataset: Graph store.
+        dataset: Graph store, a folder or a URI.
         json: Print plan.json instead of a table.
     """
     from penstock.run_verbs import run_plan
@@ -214,11 +245,11 @@ def plan(dataset: Path | None = None, *, options: RunOptions | None = None, json
 
 
 @app.command
-def pack(dataset: Path | None = None, *, options: RunOptions | None = None) -> None:
+def pack(dataset: str | None = None, *, options: RunOptions | None = None) -> None:
     """Sample, plan and write the packs, without training.
 
     Args:
-        dataset: Graph store.
+        dataset: Graph store, a folder or a URI.
     """
     from penstock.run_verbs import run_pack
 
@@ -228,12 +259,12 @@ def pack(dataset: Path | None = None, *, options: RunOptions | None = None) -> N
 
 @app.command
 def train(
-    dataset: Path | None = None, *, options: RunOptions | None = None, resume: bool = True, in_memory: bool = False
+    dataset: str | None = None, *, options: RunOptions | None = None, resume: bool = True, in_memory: bool = False
 ) -> None:
     """Sample, plan, pack and train; every step is skipped when done and continued when cut off.
 
     Args:
-        dataset: Graph store.
+        dataset: Graph store, a folder or a URI.
         resume: Continue from the newest checkpoint (the default); --resume=false trains again on the same packs.
         in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
     """

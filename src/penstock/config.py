@@ -12,6 +12,7 @@ import xxhash
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from penstock.cluster.config import ClusterConfig
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
@@ -19,6 +20,8 @@ from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.storage.budget import parse_bytes
+from penstock.storage.remote.config import RemoteConfig, is_uri, local_copy
+from penstock.tracking.config import TrackConfig
 
 DEFAULT_FANOUTS = (10, 10)
 
@@ -73,13 +76,18 @@ class RunConfig(BaseModel):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    remote: RemoteConfig = RemoteConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, value: Any) -> Any:
-        """Two hops of ten neighbours where nothing is said, and one layer per hop."""
+        """Two hops of ten neighbours where nothing is said, one layer per hop, an item per replica and step; URIs get
+        local copies."""
         if not isinstance(value, dict):
             return value
+        value = _place_locally(_accumulate(value))
         sampler, model = (value.get(name) or {} for name in ("sampler", "model"))
         if isinstance(sampler, dict):
             if not {"fanouts", "num_neighbors"} & set(sampler):
@@ -103,9 +111,22 @@ class RunConfig(BaseModel):
             raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
         if self.evaluate.fanouts is not None and len(self.evaluate.fanouts) != hops:
             raise ValueError(f"evaluate.fanouts={self.evaluate.fanouts} are not {hops} as in training; give {hops}")
+        if self.train.accumulate % self.cluster.replicas:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} items per optimizer step cannot be dealt evenly to "
+                f"cluster.replicas={self.cluster.replicas}; set accumulate to a multiple of it"
+            )
         return self
 
     def _is_consistent_in_chunks(self) -> "RunConfig":
+        if self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} with mode=chunked; set chunked.updates_per_epoch instead"
+            )
+        if self.cluster.feeders:
+            raise ValueError(
+                f"cluster.feeders={self.cluster.feeders} with mode=chunked, which packs its chunks once; leave them out"
+            )
         if self.train.precision != "float32":
             raise ValueError(
                 f"train.precision={self.train.precision} with mode=chunked, which is float32; leave it out"
@@ -116,10 +137,19 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @property
+    def work_dir(self) -> Path:
+        """Folder on each host for packs and scratch of its replicas."""
+        if self.remote.stage_dir is None:
+            return self.run_dir / "local"
+        return local_copy(str(self.remote.run_dir or self.run_dir.absolute()), "work", self.remote.stage_dir)
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for a rerun to continue this run, flat: `{"train.lr": 0.01, ...}`."""
         value = flatten(self.model_dump(mode="json"))
-        return {key: item for key, item in value.items() if key not in _MAY_CHANGE}
+        if self.remote.dataset is not None:
+            value["dataset"] = self.remote.dataset  # its local copy may lie elsewhere next time
+        return {key: item for key, item in value.items() if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_IN)}
 
     def digest(self) -> str:
         """A short hash of the identity."""
@@ -144,6 +174,28 @@ _MAY_CHANGE = {
     "train.keep_checkpoints",
     "train.log_every",
 }
+_MAY_CHANGE_IN = ("cluster.", "remote.", "track.")
+
+
+def _accumulate(value: dict[str, Any]) -> dict[str, Any]:
+    """An item per replica and optimizer step where nothing is said; a run that goes on with fewer replicas says it."""
+    cluster, train = value.get("cluster"), value.get("train") or {}
+    replicas = cluster.get("replicas") if isinstance(cluster, dict) else getattr(cluster, "replicas", None)
+    if replicas is None or value.get("mode") == "chunked" or not isinstance(train, dict) or "accumulate" in train:
+        return value
+    return {**value, "train": {**train, "accumulate": replicas}}
+
+
+def _place_locally(value: dict[str, Any]) -> dict[str, Any]:
+    """Move URIs of dataset and run folder to `remote`, and put the paths of their local copies in their places."""
+    remote = value.get("remote") or {}
+    for name, kind in (("dataset", "datasets"), ("run_dir", "runs")):
+        if is_uri(value.get(name)) and isinstance(remote, dict):
+            stage_dir = remote.get("stage_dir")
+            place = local_copy(value[name], kind, None if stage_dir is None else Path(stage_dir))
+            remote = {**remote, name: value[name]}
+            value = {**value, name: place}
+    return {**value, "remote": remote}
 
 
 def load_config(
