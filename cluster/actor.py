@@ -12,8 +12,7 @@ import psutil
 import ray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a class of torch's C++ part
 
-from penstock.engine.chunked.backend import Board
-from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.backend import Board, WorkerSpec
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import answer_call, configure_logging, open_worker
 
@@ -26,7 +25,7 @@ class RankActor:
     Methods give whether all went well, and the pickled value or error: Ray's own errors are then always of a death.
     """
 
-    def __init__(self, spec: RankSpec, driver_path: Sequence[str]) -> None:
+    def __init__(self, spec: WorkerSpec, driver_path: Sequence[str]) -> None:
         """`driver_path` is where the driver imports from, so that a user's module is found here too."""
         self._spec, self._done, self._stack = spec, (0, 0), ExitStack()
         self._rank: Any = None

@@ -23,9 +23,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from penstock.cluster.actor import HEARTBEATS, RankActor
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, open_board
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, WorkerSpec, open_board
 from penstock.engine.chunked.failures import Outcome, died
-from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import OPEN_RANK
 
@@ -40,7 +39,7 @@ T = TypeVar("T")
 class RayBackend:
     """See backend.Backend; made by `open_ray`. Single use: it takes no call after an error."""
 
-    def __init__(self, specs: Sequence[RankSpec], board: Board, actors: Sequence[Any]) -> None:
+    def __init__(self, specs: Sequence[WorkerSpec], board: Board, actors: Sequence[Any]) -> None:
         self._specs, self._board, self._actors = specs, board, actors
         self._usable = True
         self._places: list[tuple[str, int]] = []
@@ -155,7 +154,7 @@ def _absolute(value: T) -> T:
     return replace(value, **changes)  # type: ignore[type-var]
 
 
-def _connect(specs: Sequence[RankSpec], address: str | None) -> None:
+def _connect(specs: Sequence[WorkerSpec], address: str | None) -> None:
     """Join the cluster at `address` or RAY_ADDRESS, or start one on this machine with CPUs for all ranks."""
     here = Path.cwd()
     specs[0].scratch.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ def _connect(specs: Sequence[RankSpec], address: str | None) -> None:
         os.chdir(here)
 
 
-def _gpus_per_rank(specs: Sequence[RankSpec]) -> float:
+def _gpus_per_rank(specs: Sequence[WorkerSpec]) -> float:
     """A GPU for each rank, or an equal share where there are fewer; ValueError where there is none."""
     if not specs[0].device.startswith("cuda"):
         return 0.0
@@ -181,11 +180,11 @@ def _gpus_per_rank(specs: Sequence[RankSpec]) -> float:
     return 1.0 / math.ceil(len(specs) / count)
 
 
-def _reserve(specs: Sequence[RankSpec], gpus: float, strategy: Strategy) -> PlacementGroup:
+def _reserve(specs: Sequence[WorkerSpec], gpus: float, strategy: Strategy) -> PlacementGroup:
     """One bundle per rank; ValueError where the cluster has no room for them in time."""
     bundles = [{"CPU": float(spec.threads)} | ({"GPU": gpus} if gpus else {}) for spec in specs]
     group: PlacementGroup = placement_group(bundles, strategy=strategy, name="penstock")
-    patience_s = specs[0].chunked.timeout_s
+    patience_s = specs[0].timeout_s
     if not group.wait(patience_s):
         remove_placement_group(group)
         found = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -199,7 +198,7 @@ def _reserve(specs: Sequence[RankSpec], gpus: float, strategy: Strategy) -> Plac
 
 @contextmanager
 def open_ray(
-    specs: Sequence[RankSpec],
+    specs: Sequence[WorkerSpec],
     *,
     address: str | None = None,
     strategy: Strategy = "PACK",
@@ -222,7 +221,7 @@ def open_ray(
         actor_class = decorate(RankActor)
         path = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
         if gpus:  # each actor sees the GPU that Ray gives it, and no other
-            specs = [replace(spec, device="cuda:0") for spec in specs]
+            specs = [replace(spec, device="cuda:0") for spec in specs]  # type: ignore[type-var]
         actors = [
             actor_class.options(
                 num_cpus=spec.threads,

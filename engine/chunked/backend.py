@@ -15,16 +15,38 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.transport import PeerLost
 
 POLL_S = 0.05
 Poll = Callable[[], None]
+
+
+class WorkerSpec(Protocol):
+    """What a backend needs to know of a rank; a frozen dataclass that pickles. See spec.RankSpec."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def scratch(self) -> Path: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def timeout_s(self) -> float: ...
+    @property
+    def place(self) -> str: ...
+
+
+AnySpec = TypeVar("AnySpec", bound=WorkerSpec)
 
 
 class RankFailed(RuntimeError):
@@ -45,7 +67,7 @@ class Backend(Protocol):
         """
 
 
-OpenBackend = Callable[[Sequence[RankSpec]], AbstractContextManager[Backend]]
+OpenBackend = Callable[[Sequence[Any]], AbstractContextManager[Backend]]
 
 
 class Board:
@@ -80,12 +102,12 @@ class Board:
         self._rows[:] = 0
 
 
-def open_board(specs: Sequence[RankSpec]) -> Board:
+def open_board(specs: Sequence[WorkerSpec]) -> Board:
     """The board of a run's ranks, in their scratch folder."""
     return Board(specs[0].scratch / "heartbeats", len(specs))
 
 
-def spread_over_gpus(specs: Sequence[RankSpec]) -> tuple[list[RankSpec], int]:
+def spread_over_gpus(specs: Sequence[AnySpec]) -> tuple[list[AnySpec], int]:
     """Let ranks take this machine's GPUs in turn, where they want one; returns how many there are, 0 for the CPU.
 
     ValueError where a GPU is wanted and there is none.
@@ -95,7 +117,7 @@ def spread_over_gpus(specs: Sequence[RankSpec]) -> tuple[list[RankSpec], int]:
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError(f"device={specs[0].device}, but this machine has no CUDA device; set device to cpu")
-    return [replace(spec, device=f"cuda:{spec.rank % count}") for spec in specs], count
+    return [replace(spec, device=f"cuda:{spec.rank % count}") for spec in specs], count  # type: ignore[type-var]
 
 
 def raise_first(errors: Sequence[tuple[int, BaseException]]) -> None:

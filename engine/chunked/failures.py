@@ -6,9 +6,8 @@ import time
 import traceback
 from typing import Any
 
-from penstock.engine.chunked.backend import Board, RankFailed, raise_first
+from penstock.engine.chunked.backend import Board, RankFailed, WorkerSpec, raise_first
 from penstock.engine.chunked.schedule import EpochPlan
-from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.transport import PeerLost
 from penstock.storage.history import StaleRead
 
@@ -56,7 +55,7 @@ class Outcome:
         return [self._found[rank] for rank in range(self._num_ranks)]
 
 
-def encode_error(spec: RankSpec, error: BaseException) -> bytes:
+def encode_error(spec: WorkerSpec, error: BaseException) -> bytes:
     """Pickle an error as it is, if it is of a kind that callers know; any other as RankFailed with its traceback."""
     if isinstance(error, _CARRIED):
         try:
@@ -66,14 +65,7 @@ def encode_error(spec: RankSpec, error: BaseException) -> bytes:
         except Exception:  # noqa: S110  anything may be wrong with how others' classes pickle; the text always does
             pass
     text = "".join(traceback.format_exception(error))
-    return pickle.dumps(RankFailed(f"{place(spec)} failed with {type(error).__name__}: {error}\n{text}"))
-
-
-def place(spec: RankSpec) -> str:
-    """Name a rank, like `rank 3 (stage 1 of 0..1, part 1 of 0..1)`."""
-    layout = spec.layout
-    stage, part = layout.stage_of(spec.rank), layout.part_of(spec.rank)
-    return f"rank {spec.rank} (stage {stage} of 0..{layout.stages - 1}, part {part} of 0..{layout.parts - 1})"
+    return pickle.dumps(RankFailed(f"{spec.place} failed with {type(error).__name__}: {error}\n{text}"))
 
 
 def exit_reason(code: int) -> str:
@@ -86,7 +78,7 @@ def exit_reason(code: int) -> str:
 
 
 def died(
-    spec: RankSpec, reason: str, method: str, arguments: tuple[Any, ...], board: Board, *, is_current: bool = True
+    spec: WorkerSpec, reason: str, method: str, arguments: tuple[Any, ...], board: Board, *, is_current: bool = True
 ) -> RankFailed:
     """Say which rank died, of what, and at which action of which call. `is_current`: whether the board knows that."""
     done, total, _ = board.read()[spec.rank]
@@ -99,5 +91,5 @@ def died(
     elif total:
         during += f", after {done} of {total} actions"
     return RankFailed(
-        f"{place(spec)} {reason}; {during}. Its log may say more; run again, it goes on from the last checkpoint"
+        f"{spec.place} {reason}; {during}. Its log may say more; run again, it goes on from the last checkpoint"
     )

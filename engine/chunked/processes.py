@@ -19,9 +19,8 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Pipe
 from typing import Any
 
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, spread_over_gpus
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, WorkerSpec, open_board, spread_over_gpus
 from penstock.engine.chunked.failures import Outcome, died, exit_reason
-from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import OPEN_RANK, Start
 
@@ -88,7 +87,7 @@ def _environment(threads: int) -> dict[str, str]:
 class ProcessBackend:
     """See backend.Backend; made by `open_processes`. Single use: it takes no call after an error."""
 
-    def __init__(self, specs: Sequence[RankSpec], board: Board) -> None:
+    def __init__(self, specs: Sequence[WorkerSpec], board: Board) -> None:
         self._specs, self._board = specs, board
         self._answers: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
         self._children: list[_Child] = []
@@ -158,7 +157,7 @@ class ProcessBackend:
 
 
 @contextmanager
-def open_processes(specs: Sequence[RankSpec], *, open_rank: str = OPEN_RANK) -> Iterator[ProcessBackend]:
+def open_processes(specs: Sequence[WorkerSpec], *, open_rank: str = OPEN_RANK) -> Iterator[ProcessBackend]:
     """Start one process per rank; they have ended when the context is left, and end when this process does.
 
     On Linux they also end with the thread that opens them, so open and leave them in one thread. `open_rank`

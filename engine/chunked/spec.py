@@ -61,6 +61,18 @@ class RankSpec:
     poison: bool = False
 
     @property
+    def timeout_s(self) -> float:
+        """Seconds after which silence is an error."""
+        return self.chunked.timeout_s
+
+    @property
+    def place(self) -> str:
+        """The rank's name, like `rank 3 (stage 1 of 0..1, part 1 of 0..1)`."""
+        layout = self.layout
+        stage, part = layout.stage_of(self.rank), layout.part_of(self.rank)
+        return f"rank {self.rank} (stage {stage} of 0..{layout.stages - 1}, part {part} of 0..{layout.parts - 1})"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """What activations are computed in."""
         return torch.float64 if self.dtype == "float64" else torch.float32

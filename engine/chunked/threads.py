@@ -62,7 +62,7 @@ def _serve(spec: RankSpec, hub: ThreadHub, board: Board, backend: ThreadBackend)
             raise PeerLost(f"rank {spec.rank} stopped after action {done} of {total}: another rank failed")
 
     try:
-        transport = ThreadTransport(hub, spec.rank, spec.chunked.timeout_s)
+        transport = ThreadTransport(hub, spec.rank, spec.timeout_s)
         with open_rank(spec, transport, beat) as rank:
             backend.answers.put((spec.rank, None, None))
             while (call := backend.inboxes[spec.rank].get()) is not None:

@@ -23,22 +23,21 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # a class of torch's C++ part
 from torch.distributed.distributed_c10d import Store
 
-from penstock.engine.chunked.backend import Board
+from penstock.engine.chunked.backend import Board, WorkerSpec
 from penstock.engine.chunked.failures import encode_error
-from penstock.engine.chunked.spec import RankSpec
 from penstock.engine.chunked.torch_transport import GroupBackend, open_torch_transport
 from penstock.engine.chunked.transport import Transport
 from penstock.storage.lifeline import end_with
 
 OPEN_RANK = "penstock.engine.chunked.rank:open_rank"
-OpenRank = Callable[[RankSpec, Transport, Callable[[int, int], None]], AbstractContextManager[Any]]
+OpenRank = Callable[[WorkerSpec, Transport, Callable[[int, int], None]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """The first message to a child. Ranks meet in the file `store`; `open_rank` is `module:function`."""
 
-    spec: RankSpec
+    spec: WorkerSpec
     board: Path
     store: Path
     backend: GroupBackend
@@ -47,7 +46,7 @@ class Start:
 
 @contextmanager
 def open_worker(
-    spec: RankSpec, store: Store, backend: GroupBackend, open_rank: str, heartbeat: Callable[[int, int], None]
+    spec: WorkerSpec, store: Store, backend: GroupBackend, open_rank: str, heartbeat: Callable[[int, int], None]
 ) -> Iterator[Any]:
     """Join the others over `store` and open the rank."""
     module, _, name = open_rank.partition(":")
@@ -59,14 +58,14 @@ def open_worker(
             store,
             backend=backend,
             device=torch.device(spec.device),
-            timeout_s=spec.chunked.timeout_s,
+            timeout_s=spec.timeout_s,
         ) as transport,
         opener(spec, transport, heartbeat) as rank,
     ):
         yield rank
 
 
-def answer_call(spec: RankSpec, call: Callable[[], Any]) -> tuple[bool, bytes]:
+def answer_call(spec: WorkerSpec, call: Callable[[], Any]) -> tuple[bool, bytes]:
     """Whether a call went well, and its pickled value or error; plain pickle, which copies tensors."""
     try:
         return True, pickle.dumps(call())
