@@ -80,9 +80,9 @@ class _Group:
         packed |= np.arange(len(nodes))
         packed.sort()
         packed &= (1 << shift) - 1
-        indices = np.array([item.index for item in items])
+        whole = np.array([self._meta.whole_item(item.index) for item in items])
         keys = np.empty(len(items), np.uint64)
-        hop_keys(indices, indices // self._meta.items_per_epoch, self._meta.seed, hop, 0, len(items), keys)
+        hop_keys(whole, whole // self._meta.whole_epoch_items, self._meta.seed, hop, 0, len(items), keys)
         return _Frontier(
             nodes=nodes,
             slots=np.repeat(np.arange(len(items), dtype=np.int32), np.diff(bounds)),

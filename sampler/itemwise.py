@@ -54,7 +54,8 @@ class ItemSampler:
     def _sample_hop(self, index: int, hop: int, fanout: int, num_dst: int) -> BlockArrays:
         scratch, meta = self._scratch, self._meta
         keys = scratch.take("keys", 1, np.uint64)
-        hop_keys(np.array([index]), np.array([index // meta.items_per_epoch]), meta.seed, hop, 0, 1, keys)
+        whole = np.array([meta.whole_item(index)])
+        hop_keys(whole, whole // meta.whole_epoch_items, meta.seed, hop, 0, 1, keys)
         slots = scratch.zeros("slots", num_dst, np.int32)
         draws = self._topology.count(self._nodes, slots, keys, num_dst, fanout, scratch)
         num_edges = check_edges(draws.num_edges, index, hop)

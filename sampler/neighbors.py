@@ -14,6 +14,7 @@ from penstock.sampler.footprint import payload_share, topology_bytes
 from penstock.sampler.hopwise import sample_hopwise
 from penstock.sampler.itemwise import sample_itemwise
 from penstock.storage.budget import available_memory
+from penstock.storage.deal import Deal
 from penstock.storage.graph import GraphStore, Split
 from penstock.storage.manifest import is_published
 from penstock.storage.progress import Progress, silent
@@ -74,6 +75,11 @@ class SampleConfig(BaseModel):
         return self.fanouts if self.fanouts is not None else tuple(reversed(self.num_neighbors or ()))
 
 
+def count_items(graph: GraphStore, split: Split, batch_size: int) -> int:
+    """Items of an epoch of a split, the last one perhaps smaller."""
+    return -(-len(graph.split_ids(split)) // batch_size)
+
+
 def make_trace_meta(
     graph: GraphStore,
     config: SampleConfig,
@@ -82,8 +88,10 @@ def make_trace_meta(
     *,
     shuffle: bool = True,
     host_memory: int | None = None,
+    deal: Deal | None = None,
 ) -> TraceMeta:
-    """Resolve what a trace will hold. ValueError where the graph cannot be sampled so."""
+    """Resolve what a trace will hold: all items, or those that a `deal` gives. ValueError where the graph cannot be
+    sampled so."""
     num_seeds = len(graph.split_ids(split))
     if num_seeds == 0:
         raise ValueError(f"{graph.path} has no nodes in its {split} split; choose another split or ingest one")
@@ -91,7 +99,8 @@ def make_trace_meta(
         raise ValueError(f"num_epochs={num_epochs} samples nothing; use at least 1")
     if config.weighted and graph.edge_weights is None:
         raise ValueError(f"weighted=true, but {graph.path} has no edge weights; ingest them, or set weighted=false")
-    items_per_epoch = -(-num_seeds // config.batch_size)
+    items_per_epoch = count_items(graph, split, config.batch_size)
+    assert deal is None or deal.epoch_items == items_per_epoch, (deal, items_per_epoch)
     meta = TraceMeta(
         graph=graph.fingerprint,
         num_nodes=graph.num_nodes,
@@ -103,10 +112,11 @@ def make_trace_meta(
         batch_size=config.batch_size,
         split=split,
         num_epochs=num_epochs,
-        items_per_epoch=items_per_epoch,
+        items_per_epoch=items_per_epoch if deal is None else deal.own_per_epoch,
         window_items=config.window_items or _MAX_WINDOW_ITEMS,
         degrees=config.degrees,
         shuffle=shuffle,
+        deal=deal,
     )
     if config.window_items is None:
         meta = replace(meta, window_items=_choose_window_items(graph, meta, host_memory or available_memory()))
@@ -157,11 +167,14 @@ def sample_trace(
     split: Split = "train",
     shuffle: bool = True,
     num_epochs: int = 1,
+    deal: Deal | None = None,
     host_memory: int,
     threads: int,
     progress: Progress = silent,
 ) -> Trace:
     """Sample `num_epochs` epochs of a split into the trace folder `out`; finished windows are kept.
+
+    With a `deal` only the items of one replica.
 
     DataError where `out` holds a trace of other settings, naming them; ValueError before anything is written where
     the graph cannot be sampled so.
@@ -169,7 +182,7 @@ def sample_trace(
     begun = read_trace_head(out)
     if begun is not None and config.window_items is None:
         config = config.model_copy(update={"window_items": begun.window_items})  # memory may differ, windows may not
-    meta = make_trace_meta(graph, config, split, num_epochs, shuffle=shuffle, host_memory=host_memory)
+    meta = make_trace_meta(graph, config, split, num_epochs, shuffle=shuffle, host_memory=host_memory, deal=deal)
     begin_trace(out, meta)
     if is_published(out):
         return open_trace(out)

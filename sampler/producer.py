@@ -19,6 +19,7 @@ from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.sampler.rolling import clear_windows, produce_windows
 from penstock.storage.budget import Budgets
+from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit, FormatError
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json, write_json
@@ -41,6 +42,7 @@ class Order:
     start_step: int
     stop_step: int
     split: Split
+    deal: Deal | None
     threads: int
 
 
@@ -63,6 +65,7 @@ def _work(order: Order, parent: int) -> None:
             start_step=order.start_step,
             stop_step=order.stop_step,
             split=order.split,
+            deal=order.deal,
             threads=order.threads,
         )
     except Exception as error:
@@ -119,6 +122,7 @@ def start_producer(
     start_step: int,
     stop_step: int,
     split: Split = "train",
+    deal: Deal | None = None,
     threads: int = 1,
 ) -> Producer:
     """Start producing into the folder `out`, which is cleared; returns when the pack set can be opened.
@@ -135,6 +139,7 @@ def start_producer(
         start_step=start_step,
         stop_step=stop_step,
         split=split,
+        deal=deal,
         threads=threads,
     )
     process = multiprocessing.get_context("spawn").Process(

@@ -24,6 +24,7 @@ from penstock.sampler.recording import Recording
 from penstock.sampler.scratch import ItemArrays
 from penstock.sampler.sizing import ROLLING_MARGIN, ROLLING_SHARE, ItemSizes, choose_slots, device_slots
 from penstock.storage.budget import MIB, Budgets, format_bytes
+from penstock.storage.deal import Deal
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import GraphStore, Split, open_graph
@@ -147,18 +148,21 @@ def produce_windows(
     stop_step: int,
     split: Split = "train",
     shuffle: bool = True,
+    deal: Deal | None = None,
     threads: int = 1,
     progress: Progress = silent,
     wait: Callable[[], None] = lambda: time.sleep(_POLL_S),
 ) -> None:
     """Make the windows that hold steps start_step <= s < stop_step, in order, as fast as the disk budget allows.
 
-    Step s is item s of an endless trace. The folder `out` is cleared first. `wait` is called while there is no room,
+    Step s is item s of an endless trace, of a replica's own items with a `deal`. The folder `out` is cleared first. `wait` is called while there is no room,
     and may raise to end. Raises DoesNotFit where a window cannot fit at all, DataError for bad data.
     """
     graph = open_graph(graph_path)
     clear_windows(out)
-    once = make_trace_meta(graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle)
+    once = make_trace_meta(
+        graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle, deal=deal
+    )
     endless = replace(once, num_epochs=max(1, -(-stop_step // once.items_per_epoch)))
     trace, meta = _probe(graph, out, sample_config, plan_config, budgets, endless, start_step, threads)
     rolling = Rolling(

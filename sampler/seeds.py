@@ -33,7 +33,7 @@ def _graph_order(graph: GraphStore, split: Split, seed: int, epoch: int, shuffle
 
 
 def item_seeds(graph: GraphStore, meta: TraceMeta, item: int) -> NDArray[Any]:
-    """Node ids that item `item` (counted over all epochs) computes outputs for."""
-    epoch, index = divmod(item, meta.items_per_epoch)
+    """Node ids that item `item` (of the trace) computes outputs for."""
+    epoch, index = divmod(meta.whole_item(item), meta.whole_epoch_items)
     order = _graph_order(graph, meta.split, meta.seed, epoch, meta.shuffle)
     return order[index * meta.batch_size : (index + 1) * meta.batch_size]

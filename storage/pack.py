@@ -203,7 +203,7 @@ class PackSetMeta:
 
 def trace_digest(meta: TraceMeta) -> str:
     """A digest of how a trace was sampled and of which graph; pack sets record it."""
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(asdict(meta), sort_keys=True).encode()))
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(meta.to_json(), sort_keys=True).encode()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

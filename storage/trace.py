@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.storage.deal import Deal
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import Manifest, read_json, read_manifest, write_manifest
 
@@ -167,7 +168,10 @@ def read_input_ids(fd: int, offset: int) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceMeta:
-    """What the manifest of a trace says: how it was sampled, and of which graph (its fingerprint)."""
+    """What the manifest of a trace says: how it was sampled, and of which graph (its fingerprint).
+
+    With a `deal` it has the items of one replica, counted by the replica's own numbers.
+    """
 
     graph: str
     num_nodes: int
@@ -183,6 +187,31 @@ class TraceMeta:
     window_items: int
     degrees: bool = False
     shuffle: bool = True
+    deal: Deal | None = None
+
+    def whole_item(self, item: int) -> int:
+        """The number that an item has where one replica gets all of them; draws are keyed by it."""
+        return item if self.deal is None else self.deal.whole(item)
+
+    @property
+    def whole_epoch_items(self) -> int:
+        """Items of an epoch over all replicas."""
+        return self.items_per_epoch if self.deal is None else self.deal.epoch_items
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifests have it."""
+        value = asdict(self)
+        if self.deal is None:
+            del value["deal"]
+        return value
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "TraceMeta":
+        """Undo `to_json`; TypeError or KeyError where it is malformed."""
+        deal = value.get("deal")
+        return TraceMeta(
+            **{**value, "fanouts": tuple(value["fanouts"]), "deal": None if deal is None else Deal(**deal)}
+        )
 
     @property
     def num_items(self) -> int:
@@ -277,7 +306,7 @@ class Trace:
 
 def publish_trace(path: Path, meta: TraceMeta) -> Trace:
     """Write the manifest, after all windows."""
-    write_manifest(path, Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=()))
+    write_manifest(path, Manifest(format=FORMAT, version=VERSIONS[-1], meta=meta.to_json(), files=()))
     return Trace(path, meta)
 
 
@@ -286,6 +315,6 @@ def open_trace(path: Path | str) -> Trace:
     path = Path(path)
     value = read_manifest(path, FORMAT, VERSIONS).meta
     try:
-        return Trace(path, TraceMeta(**{**value, "fanouts": tuple(value["fanouts"])}))
+        return Trace(path, TraceMeta.from_json(value))
     except (TypeError, KeyError) as error:
         raise FormatError(f"{path}: trace meta is malformed ({error})") from error

@@ -117,7 +117,7 @@ def read_trace_head(folder: Path) -> TraceMeta | None:
     if value.get("format") != FORMAT or value.get("version") not in VERSIONS:
         raise FormatError(f"{folder / _HEAD} has format {value.get('format')!r} version {value.get('version')!r}")
     try:
-        return TraceMeta(**{**value["meta"], "fanouts": tuple(value["meta"]["fanouts"])})
+        return TraceMeta.from_json(value["meta"])
     except (TypeError, KeyError) as error:
         raise FormatError(f"{folder / _HEAD} is malformed ({error}); delete the folder and sample again") from error
 
@@ -132,4 +132,4 @@ def begin_trace(folder: Path, meta: TraceMeta) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if old is None:
-        write_json(folder / _HEAD, {"format": FORMAT, "version": VERSIONS[-1], "meta": asdict(meta)})
+        write_json(folder / _HEAD, {"format": FORMAT, "version": VERSIONS[-1], "meta": meta.to_json()})

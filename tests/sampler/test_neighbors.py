@@ -17,9 +17,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from penstock.sampler.itemwise import ItemSampler
-from penstock.sampler.neighbors import SampleConfig, choose_mode, make_trace_meta, sample_trace, sample_window
+from penstock.sampler.neighbors import (
+    SampleConfig,
+    SampleMode,
+    choose_mode,
+    count_items,
+    make_trace_meta,
+    sample_trace,
+    sample_window,
+)
 from penstock.sampler.numbering import HashNumbering, TableNumbering
 from penstock.sampler.seeds import item_seeds
+from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphStore
 from penstock.storage.trace import Item, Trace, open_trace, window_name
@@ -322,3 +331,25 @@ def test_auto_goes_by_the_size_of_the_topology(tiny_graph: GraphStore) -> None:
     assert choose_mode(tiny_graph, config, host_memory=1 << 30) == "item"
     assert choose_mode(tiny_graph, config, host_memory=4000) == "hop"
     assert choose_mode(tiny_graph, config.model_copy(update={"mode": "item"}), host_memory=4000) == "item"
+
+
+@pytest.mark.parametrize("mode", ["item", "hop"])
+def test_replicas_draw_the_items_that_one_would(tiny_graph: GraphStore, tmp_path: Path, mode: SampleMode) -> None:
+    config = SampleConfig(fanouts=(3, 4), batch_size=20, seed=3, mode=mode, window_items=3)
+    whole = list(
+        sample_trace(tiny_graph, tmp_path / "whole", config, num_epochs=2, host_memory=64 << 20, threads=2).items()
+    )
+    epoch_items = count_items(tiny_graph, "train", 20)
+    seen = 0
+    for rank in range(2):
+        deal = Deal(replicas=2, rank=rank, group_items=4, epoch_items=epoch_items)
+        out = tmp_path / f"rank-{rank}"
+        trace = sample_trace(tiny_graph, out, config, num_epochs=2, deal=deal, host_memory=64 << 20, threads=1)
+        assert open_trace(out).meta == trace.meta and trace.meta.deal == deal
+        for own, item in enumerate(trace.items()):
+            twin = whole[deal.whole(own)]
+            assert item.index == own and item.epoch == twin.epoch
+            assert np.array_equal(item.input_ids, twin.input_ids) and np.array_equal(item.labels, twin.labels)
+            assert all(np.array_equal(a.indices, b.indices) for a, b in zip(item.blocks, twin.blocks, strict=True))
+            seen += 1
+    assert seen == len(whole)
