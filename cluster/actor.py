@@ -31,7 +31,7 @@ class RankActor:
         self._rank: Any = None
         self._store: Any = None
         sys.path.extend(path for path in driver_path if path not in sys.path)
-        configure_logging(spec.rank)
+        configure_logging(spec)
 
     def whereabouts(self) -> tuple[bool, bytes]:
         """Node id and process id."""

@@ -27,6 +27,7 @@ from penstock.engine.chunked.backend import Board, WorkerSpec
 from penstock.engine.chunked.failures import encode_error
 from penstock.engine.chunked.torch_transport import GroupBackend, open_torch_transport
 from penstock.engine.chunked.transport import Transport
+from penstock.storage import logs
 from penstock.storage.lifeline import end_with
 
 OPEN_RANK = "penstock.engine.chunked.rank:open_rank"
@@ -114,7 +115,7 @@ def main(handle: int, parent: int) -> None:
     os.set_inheritable(handle, False)
     with Connection(handle) as connection:
         start: Start = pickle.loads(connection.recv_bytes())
-        configure_logging(start.spec.rank)
+        configure_logging(start.spec)
         calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
         well = _serve(start, connection, calls)
@@ -123,10 +124,6 @@ def main(handle: int, parent: int) -> None:
         os._exit(0 if well else 1)  # the reader still waits on the socket
 
 
-def configure_logging(rank: int) -> None:
+def configure_logging(spec: WorkerSpec) -> None:
     """Log to stderr, with the rank: what a process of ours does that is nobody else's."""
-    logger = logging.getLogger("penstock")
-    logger.setLevel(getattr(logging, os.environ.get("PENSTOCK_LOG", "WARNING").upper(), logging.WARNING))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(levelname)s rank {rank} %(name)s: %(message)s"))
-    logger.addHandler(handler)
+    logs.configure(rank=spec.rank, stage=spec.layout.stage_of(spec.rank))

@@ -1,9 +1,6 @@
 """The command line. Torch, Numba and Ray are imported by the verb that needs them, so that `--help` answers at once."""
 
-import logging
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
+from penstock.storage import logs
 
 app = App(
     name="penstock",
@@ -358,14 +356,6 @@ def bench(
     )
 
 
-def _configure_logging() -> None:
-    level = os.environ.get("PENSTOCK_LOG", "WARNING").upper()
-    logging.getLogger("penstock").setLevel(getattr(logging, level, logging.WARNING))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("penstock").addHandler(handler)
-
-
 def run(command: Callable[[], object]) -> int:
     """Run a command and turn its error into a message on stderr and an exit code."""
     try:
@@ -374,17 +364,19 @@ def run(command: Callable[[], object]) -> int:
         return exit_codes.USAGE  # cyclopts has printed it, with the nearest match
     except (Exception, KeyboardInterrupt) as error:
         code = exit_codes.exit_code(error)
-        if code == exit_codes.INTERNAL:
-            traceback.print_exc()
-        print(f"penstock: {error or type(error).__name__}", file=sys.stderr)
+        logs.say_error(error, with_traceback=code == exit_codes.INTERNAL)
         return code
     return exit_codes.OK
 
 
 def main(tokens: list[str] | None = None) -> None:
     """Entry point of the `penstock` command."""
-    _configure_logging()
-    sys.exit(run(lambda: app(tokens, exit_on_error=False, print_error=True)))
+
+    def command() -> None:
+        logs.configure()
+        app(tokens, exit_on_error=False, print_error=True)
+
+    sys.exit(run(command))
 
 
 if __name__ == "__main__":

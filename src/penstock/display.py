@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from penstock.storage import logs
 from penstock.storage.budget import format_bytes
 from penstock.storage.progress import Progress as ProgressCallback
 from penstock.storage.progress import silent
@@ -36,7 +37,7 @@ class _Rates:
 
 
 class _Lines:
-    """One line per stage and interval; the last call of a stage is always shown."""
+    """One line per stage and interval, text or JSON like the log's; the last call of a stage is always shown."""
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}
@@ -49,7 +50,12 @@ class _Lines:
         self._shown[stage] = now
         speed = f", {_amount(rate, unit)}/s" if rate else ""
         shares = f"{_amount(done, unit)} of {_amount(total, unit)}{speed}"
-        print(f"{stage}: {shares}  {_numbers(numbers)}".rstrip(), file=sys.stderr, flush=True)
+        text = f"{stage}: {shares}  {_numbers(numbers)}".rstrip()
+        if logs.writes_json():
+            shown = {"stage": stage, "done": done, "total": total, "unit": unit, **numbers}
+            logs.emit("penstock.progress", text, progress=shown)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 class _Bars:

@@ -14,6 +14,7 @@ from penstock.machine import hardware, versions
 from penstock.overrides import flatten
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.manifest import write_atomic, write_json
+from penstock.storage.redaction import redact, refuse_secrets
 
 RESULT_SCHEMA = 1
 
@@ -42,8 +43,8 @@ def write_result(
     error: BaseException | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
-    """Write `result.json` and, where asked, a copy; both atomically, making parent folders."""
-    value = {
+    """Write `result.json` and, where asked, a copy, without secrets; both atomically, making parent folders."""
+    value: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": status,
         "error": None if error is None else _describe(error),
@@ -58,6 +59,7 @@ def write_result(
         "config": None if config is None else config.model_dump(mode="json"),
         **sections,
     }
+    value = redact(value)
     for target in (path, copy):
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,10 @@ def write_result(
 
 
 def write_config(path: Path, config: RunConfig) -> None:
-    """Write the resolved configuration as YAML that `-c` accepts."""
-    write_atomic(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    """Write the resolved configuration as YAML that `-c` accepts; ValueError where it holds a secret."""
+    value = config.model_dump(mode="json")
+    refuse_secrets(value)
+    write_atomic(path, yaml.safe_dump(value, sort_keys=False).encode())
 
 
 def differing_keys(path: Path, config: RunConfig) -> list[str]:
