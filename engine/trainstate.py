@@ -54,6 +54,10 @@ class TrainResult:
     seeds_per_s: float
 
 
+class Stopped(RuntimeError):
+    """Training was asked to stop and has written a checkpoint; the same command continues it."""
+
+
 def seed_step(seed: int, step: int, device: torch.device) -> None:
     """Seed PyTorch's generators for one step, by counter; step -1 is what comes before the first."""
     with np.errstate(over="ignore"):  # the hash wraps; NumPy scalars would warn where Numba is off
