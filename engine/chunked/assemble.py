@@ -87,7 +87,7 @@ def assemble(spec: RankSpec, graph: GraphStore, transport: Transport, model: nn.
     state_width = width * (2 if layered.uses_initial(model) else 1)
     first = hidden_layers(model).start  # unit 0 is `enter`, unit n the n-th hidden layer
     hidden = range(first + max(0, spec.first_unit - 1), first + spec.last_unit - 1)
-    exchange = MirrorExchange(transport, [layout.rank(other, stage) for other in range(layout.parts)])
+    exchange = MirrorExchange(transport, layout.same_stage(spec.rank))
     sends_gradients = any(spec.chunked.message_weights()) or not exchange.is_alone
     history = _open_history(spec, part, stack)
     named: dict[str, Any] = {

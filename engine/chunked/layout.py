@@ -1,4 +1,4 @@
-"""Who is who: ranks in a grid of parts times stages, and which layers a stage has."""
+"""Who is who: ranks in replicas of a grid of parts times stages, and which layers a stage has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,57 @@ from itertools import accumulate, pairwise
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Ranks 0 .. stages * parts - 1; rank `part * stages + stage` has its part's nodes and its stage's layers.
+    """Ranks 0 .. replicas * parts * stages - 1; a rank has its part's nodes and its stage's layers.
 
-    ValueError where a number is below one.
+    Rank `(replica * parts + part) * stages + stage`: the ranks of a replica are consecutive. Replicas share nothing but
+    what they average at an optimizer step. ValueError where a number is below one.
     """
 
     stages: int
     parts: int
+    replicas: int = 1
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or self.parts < 1:
-            raise ValueError(f"stages={self.stages} and parts={self.parts} must both be at least 1")
+        if min(self.stages, self.parts, self.replicas) < 1:
+            raise ValueError(f"{self} has a number below 1; stages, parts and replicas must all be at least 1")
 
     @property
     def num_ranks(self) -> int:
+        return self.replicas * self.grid_size
+
+    @property
+    def grid_size(self) -> int:
+        """The ranks of one replica."""
         return self.stages * self.parts
 
-    def rank(self, part: int, stage: int) -> int:
+    def rank(self, part: int, stage: int, replica: int = 0) -> int:
         """Number the rank of a part and a stage."""
         assert 0 <= part < self.parts and 0 <= stage < self.stages, (part, stage, self)
-        return part * self.stages + stage
+        assert 0 <= replica < self.replicas, (replica, self)
+        return (replica * self.parts + part) * self.stages + stage
+
+    def replica_of(self, rank: int) -> int:
+        return rank // self.grid_size
 
     def part_of(self, rank: int) -> int:
-        return rank // self.stages
+        return rank // self.stages % self.parts
 
     def stage_of(self, rank: int) -> int:
         return rank % self.stages
+
+    def ranks_of(self, replica: int) -> range:
+        """All ranks of a replica."""
+        return range(replica * self.grid_size, (replica + 1) * self.grid_size)
+
+    def same_stage(self, rank: int) -> tuple[int, ...]:
+        """The ranks of all parts at this rank's stage in its replica, itself among them, in the order of the parts."""
+        stage, replica = self.stage_of(rank), self.replica_of(rank)
+        return tuple(self.rank(part, stage, replica) for part in range(self.parts))
+
+    def same_place(self, rank: int) -> tuple[int, ...]:
+        """The ranks of this part and stage in all replicas, itself among them, in the order of the replicas."""
+        part, stage = self.part_of(rank), self.stage_of(rank)
+        return tuple(self.rank(part, stage, replica) for replica in range(self.replicas))
 
     def prev_rank(self, rank: int) -> int | None:
         """The rank of the same part one stage earlier, which sends forward to this one; None at the first stage."""
@@ -43,9 +68,12 @@ class Layout:
         return rank + 1 if self.stage_of(rank) < self.stages - 1 else None
 
     def peers(self, rank: int) -> tuple[int, ...]:
-        """The ranks of the other parts at the same stage, in the order of the parts."""
-        stage = self.stage_of(rank)
-        return tuple(other for part in range(self.parts) if (other := self.rank(part, stage)) != rank)
+        """The ranks of the other parts at the same stage of the same replica, in the order of the parts."""
+        return tuple(other for other in self.same_stage(rank) if other != rank)
+
+    def siblings(self, rank: int) -> tuple[int, ...]:
+        """The ranks of the same part and stage in the other replicas, in the order of the replicas."""
+        return tuple(other for other in self.same_place(rank) if other != rank)
 
 
 def split_stages(costs: Sequence[float], stages: int) -> tuple[range, ...]:

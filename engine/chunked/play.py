@@ -1,8 +1,8 @@
 """Play the lists of all ranks against each other: who waits for whom, and when what happens.
 
 Receives block; sends do not, unless `depth` bounds those of a lane that the receiver has not yet taken. What ranks of
-one stage do together (they exchange rows inside) starts when the last of them is there. `validate` plays a list to
-prove that it ends, `simulate` to say when.
+one stage do together (they exchange rows inside) starts when the last of them is there; a STEP, of all replicas.
+`validate` plays a list to prove that it ends, `simulate` to say when.
 """
 
 from collections import defaultdict
@@ -61,7 +61,7 @@ class _Player:
             return self._send(rank, action)
         if action.kind is Kind.RECV:
             return self._receive(rank, action)
-        ranks = (rank, *self.layout.peers(rank)) if action.kind in TOGETHER else (rank,)
+        ranks = self._together(rank, action)
         if any(self.action(other) != action for other in ranks):
             return False
         start = max(self.clock[other] for other in ranks)
@@ -69,6 +69,15 @@ class _Player:
         for other in ranks:
             self._finish(other, start, end)
         return True
+
+    def _together(self, rank: int, action: Action) -> tuple[int, ...]:
+        """The ranks that do an action at once; replicas of which the plan has no lists are left out."""
+        if action.kind not in TOGETHER:
+            return (rank,)
+        if action.kind is not Kind.STEP:
+            return self.layout.same_stage(rank)
+        replicas = [other for other in self.layout.same_place(rank) if other == rank or self.plan.actions[other]]
+        return tuple(peer for other in replicas for peer in self.layout.same_stage(other))
 
     def _finish(self, rank: int, start: float, end: float) -> None:
         self.clock[rank] = end

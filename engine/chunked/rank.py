@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from penstock.engine.chunked import shards
 from penstock.engine.chunked.assemble import assemble
 from penstock.engine.chunked.exactpass import ExactPass
-from penstock.engine.chunked.schedule import Action, EpochPlan, Kind
+from penstock.engine.chunked.schedule import Action, EpochPlan, Kind, replica_seed
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
 from penstock.engine.chunked.stage import Position, Tape, join_state, split_state
 from penstock.engine.chunked.transport import Channel, Transport
@@ -46,6 +46,7 @@ class Rank:
         layout, graph = spec.layout, open_graph(spec.graph)
         self._prev, self._next = layout.prev_rank(spec.rank), layout.next_rank(spec.rank)
         self._num_classes = graph.meta.num_classes
+        self._seed = replica_seed(spec.train.seed, spec.replica)
         parts = assemble(spec, graph, transport, model, stack)
         self.owned, self.steps = parts.owned, parts.steps
         self._compute, self._history, self._features = parts.compute, parts.history, parts.features
@@ -68,7 +69,7 @@ class Rank:
         self._order, self._rates, self._plan = plan.order, rates, plan
         self._position_of = {chunk: n for n, chunk in enumerate(plan.order)}
         self._group_starts = {self._position_of[chunks[0]] for chunks in plan.groups}
-        self._draw_key, self._loss = epoch_key(self.spec.train.seed, plan.epoch), 0.0
+        self._draw_key, self._loss = epoch_key(self._seed, plan.epoch), 0.0
         if self._features is not None:
             self._features.begin(plan.epoch)
         before = self._counters()
@@ -248,7 +249,12 @@ class Rank:
     def exact_pass(
         self, plan: EpochPlan, keep: bool, splits: tuple[Split, ...], sampled_chunk: int | None
     ) -> ExactReport:
-        """Carry out an exact pass; `keep` makes its rows the histories. Counts `splits` on the last stage."""
+        """Carry out an exact pass; `keep` makes its rows the histories. Counts `splits` on the last stage.
+
+        A rank of a replica that another one passes for does nothing.
+        """
+        if plan.replica != self.spec.replica:
+            return ExactReport(rank=self.spec.rank, counts={}, history_errors={}, bytes_sent=0)
         self.model.eval()
         self._plan, self._order = plan, plan.order
         sent = self._transport.bytes_sent

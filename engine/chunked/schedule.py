@@ -4,7 +4,8 @@ GNNPipe's schedule (arXiv 2308.10087 and its code), without its barrier per slot
 receives is there. Ours is that an epoch may have several groups with an optimizer step each (GAS, mode `drop`), and
 that weight gradients of later stages are put off into the time in which they would wait at the end.
 
-Lists are data: `validate` proves one sound, `simulate` predicts it, every backend runs the same one.
+Lists are data: `validate` proves one sound, `simulate` predicts it, every backend runs the same one. Every replica has
+a plan of its own, since its chunks come in an order of their own; replicas meet at their STEPs only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from penstock.engine.chunked.layout import Layout
 from penstock.kernels.seeds import hash_ids
 
 Phase = Literal["forward", "backward", "exact"]
+_REPLICAS = 1 << 62  # where hashes for orders have the epoch: no epoch is as late
 
 
 class Kind(str, Enum):
@@ -62,7 +64,8 @@ class Action:
 class EpochPlan:
     """An epoch's actions per rank. `groups` cut `order` into runs of chunks with one optimizer step each.
 
-    `exact` marks an exact pass: no gradients, no groups, chunks in ascending order.
+    `exact` marks an exact pass: no gradients, no groups, chunks in ascending order. Lists are those of all ranks; the
+    ranks of any other replica than `replica` have empty ones.
     """
 
     epoch: int
@@ -72,19 +75,31 @@ class EpochPlan:
     recompute: bool
     actions: tuple[tuple[Action, ...], ...]
     exact: bool = False
+    replica: int = 0
 
     def only_for(self, rank: int) -> "EpochPlan":
         """The same without the lists of other ranks, which a rank has no use for: they are most of what is sent."""
         return replace(self, actions=tuple(own if n == rank else () for n, own in enumerate(self.actions)))
 
 
+def replica_seed(seed: int, replica: int) -> int:
+    """The seed of a replica's orders and dropout masks; replica 0 has the run's own and draws what one alone does."""
+    if replica == 0:
+        return seed
+    hashes = np.empty(1, np.uint64)
+    with np.errstate(over="ignore"):
+        hash_ids(np.array([replica]), seed, _REPLICAS, 0, 1, hashes)
+    return int(hashes[0]) >> 1  # as an int64, which seeds are
+
+
 def chunk_order(
-    seed: int, epoch: int, num_chunks: int, cycle: int | None = None, *, shuffle: bool = True
+    seed: int, epoch: int, num_chunks: int, cycle: int | None = None, *, shuffle: bool = True, replica: int = 0
 ) -> tuple[int, ...]:
     """Permute chunks 0 .. num_chunks - 1 for an epoch, by counter: it depends on nothing but the arguments.
 
     With `cycle`, epoch e has the order of epoch e % cycle, so that features are planned and packed for `cycle` epochs.
     """
+    seed = replica_seed(seed, replica)
     if not shuffle:
         return tuple(range(num_chunks))
     hashes = np.empty(num_chunks, np.uint64)
@@ -155,8 +170,9 @@ def plan_epoch(
     gradient_mode: GradientMode = "stale",
     recompute: bool = True,
     defer_weights: bool = True,
+    replica: int = 0,
 ) -> EpochPlan:
-    """List the actions of an epoch of training.
+    """List the actions of an epoch of training, of one replica.
 
     With `recompute`, the first stage loads a chunk's features again before it goes backward. WEIGHT stands right after
     its chunk's BACKWARD and SEND where weights are not deferred. ValueError where several updates meet a mode with
@@ -168,7 +184,7 @@ def plan_epoch(
     actions = tuple(
         tuple(
             action
-            for group, chunks in enumerate(groups)
+            for group, chunks in enumerate(groups if rank in layout.ranks_of(replica) else ())
             for action in _group_actions(
                 layout, rank, chunks, group, recompute, weight_delay(layout.stage_of(rank), defer_weights)
             )
@@ -182,6 +198,7 @@ def plan_epoch(
         gradient_mode=gradient_mode,
         recompute=recompute,
         actions=actions,
+        replica=replica,
     )
 
 
@@ -202,7 +219,9 @@ def _exact_actions(layout: Layout, rank: int, layers: range, num_chunks: int) ->
                 yield Action(kind=Kind.SEND, chunk=chunk, peer=after, phase="exact")
 
 
-def plan_exact(layout: Layout, stage_layers: Sequence[range], num_chunks: int, epoch: int) -> EpochPlan:
+def plan_exact(
+    layout: Layout, stage_layers: Sequence[range], num_chunks: int, epoch: int, replica: int = 0
+) -> EpochPlan:
     """List the actions of an exact layer-by-layer pass; `stage_layers` are the hidden layers of each stage.
 
     A stage may have none (the first, where `enter` is dear): it sends what ENTER computed.
@@ -212,6 +231,8 @@ def plan_exact(layout: Layout, stage_layers: Sequence[range], num_chunks: int, e
     order = tuple(range(num_chunks))
     actions = tuple(
         tuple(_exact_actions(layout, rank, stage_layers[layout.stage_of(rank)], num_chunks))
+        if rank in layout.ranks_of(replica)
+        else ()
         for rank in range(layout.num_ranks)
     )
     return EpochPlan(
@@ -222,12 +243,21 @@ def plan_exact(layout: Layout, stage_layers: Sequence[range], num_chunks: int, e
         recompute=False,
         actions=actions,
         exact=True,
+        replica=replica,
+    )
+
+
+def join_plans(plans: Sequence[EpochPlan]) -> EpochPlan:
+    """The first of one plan per replica, with the lists of all: for what looks at nothing but lists."""
+    return replace(
+        plans[0], actions=tuple(max(lists, key=len) for lists in zip(*(p.actions for p in plans), strict=True))
     )
 
 
 def load_sequence(plan: EpochPlan) -> tuple[int, ...]:
     """The chunks that a rank of the first stage loads in this epoch, in order: the feature trace's items.
 
-    Every part has the same (rank 0 is always of the first stage).
+    Every part has the same (a replica's first rank is always of the first stage).
     """
-    return tuple(action.chunk for action in plan.actions[0] if action.kind is Kind.LOAD)
+    first = next(actions for actions in plan.actions if actions)
+    return tuple(action.chunk for action in first if action.kind is Kind.LOAD)

@@ -48,13 +48,16 @@ def make_specs(
     dtype: Literal["float32", "float64"] = "float32",
     poison: bool = False,
     units: Sequence[range] | None = None,
+    replicas: int = 1,
 ) -> list[RankSpec]:
-    """One spec per rank; `history_memory` and `feed_memory` are for each. `features` are by part.
+    """One spec per rank; `history_memory` and `feed_memory` are for each. `features` are by part, of every replica.
 
     ValueError where the chunks were cut for other numbers of chunks or parts, or there are more stages than units.
     """
-    layout = Layout(chunked.stages, chunked.parts)
+    layout = Layout(chunked.stages, chunked.parts, replicas)
     meta = chunks.meta
+    if len(features) != layout.parts * replicas:
+        raise ValueError(f"{len(features)} features for {replicas} replicas of {layout.parts} parts; give one for each")
     if meta.num_parts != layout.parts:
         raise ValueError(f"{chunks.path} has {meta.num_parts} parts, parts={layout.parts}; cut the graph again")
     units = units or split_stages(unit_costs(model, graph), layout.stages)
@@ -71,7 +74,7 @@ def make_specs(
             model=model_config,
             train=train,
             chunked=chunked,
-            features=features[layout.part_of(rank)],
+            features=features[rank // layout.stages],
             recompute=recompute,
             history_memory=history_memory,
             feed_memory=feed_memory if layout.stage_of(rank) == 0 else 0,

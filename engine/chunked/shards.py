@@ -2,12 +2,13 @@
 
 | file | holds | written by |
 |---|---|---|
-| `stage-000.safetensors` | tensors `model/<name>`, `optimizer/<name>/<state>`, `best/<name>` | part 0 |
+| `stage-000.safetensors` | tensors `model/<name>`, `optimizer/<name>/<state>`, `best/<name>` | part 0 of replica 0 |
 | `history-3.part-000.<array>.npy` | arrays of a layer's table, by `RunTable.export` | the rank that has it |
 | `messages-3.part-000.<array>.npy` | likewise, of gradients | the same |
+| `history-3.replica-001.part-000.<array>.npy` | likewise, of replica 1 and on | the same |
 
-Histories belong to one cut of the graph: they are read again only with the same chunks and parts, by any number
-of stages.
+Histories belong to one cut of the graph and to a replica: they are read again only with the same chunks and parts, by
+any number of stages.
 """
 
 from collections.abc import Iterator
@@ -63,10 +64,16 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     return {"bytes": writer.entry.bytes, "xxh3": writer.entry.xxh3}
 
 
+def _owner(rank: "Rank") -> str:
+    """Whose tables: names without a replica are of the first, as in runs that have one."""
+    replica, part = rank.spec.replica, f"part-{rank.part_index:03d}"
+    return f"replica-{replica:03d}.{part}" if replica else part
+
+
 def save_shard(rank: "Rank", folder: Path) -> Entries:
     """Write what `rank` has; returns size and checksum of every file. DoesNotFit where the disk is full."""
     entries: Entries = {}
-    if rank.part_index == 0:
+    if rank.part_index == 0 and rank.spec.replica == 0:
         tensors = {f"model/{name}": tensor for name, tensor in rank.weights(False).items()}
         tensors |= {f"best/{name}": tensor for name, tensor in rank.best.items()}
         if rank.optimizer is not None:
@@ -77,7 +84,7 @@ def save_shard(rank: "Rank", folder: Path) -> Entries:
     if rank.spec.chunked.checkpoint == "full":
         for table_name, table in rank.tables.items():
             for key, array in table.export().items():
-                name = f"{table_name}.part-{rank.part_index:03d}.{key}.npy"
+                name = f"{table_name}.{_owner(rank)}.{key}.npy"
                 entries[name] = _write_array(folder / name, array)
     return entries
 
@@ -105,7 +112,7 @@ def load_shards(rank: "Rank", folder: Path, with_histories: bool) -> None:
         _restore_optimizer(rank, found["optimizer"])
     if with_histories:
         for table_name, table in rank.tables.items():
-            prefix = f"{table_name}.part-{rank.part_index:03d}."
+            prefix = f"{table_name}.{_owner(rank)}."
             arrays = {path.name[len(prefix) : -4]: open_npy(path) for path in folder.glob(f"{prefix}*.npy")}
             if not arrays:
                 raise FormatError(f"{folder} has no table {prefix}*; resume with the stages and parts that wrote it")

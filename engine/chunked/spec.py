@@ -67,15 +67,21 @@ class RankSpec:
 
     @property
     def place(self) -> str:
-        """The rank's name, like `rank 3 (stage 1 of 0..1, part 1 of 0..1)`."""
+        """The rank's name, like `rank 3 (stage 1 of 0..1, part 1 of 0..1)`, and its replica where there are several."""
         layout = self.layout
-        stage, part = layout.stage_of(self.rank), layout.part_of(self.rank)
-        return f"rank {self.rank} (stage {stage} of 0..{layout.stages - 1}, part {part} of 0..{layout.parts - 1})"
+        stage, part, replica = layout.stage_of(self.rank), layout.part_of(self.rank), layout.replica_of(self.rank)
+        name = f"rank {self.rank} (stage {stage} of 0..{layout.stages - 1}, part {part} of 0..{layout.parts - 1}"
+        return name + (f", replica {replica} of 0..{layout.replicas - 1})" if layout.replicas > 1 else ")")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """What activations are computed in."""
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def replica(self) -> int:
+        """The replica that this rank is of."""
+        return self.layout.replica_of(self.rank)
 
     @property
     def first_unit(self) -> int:

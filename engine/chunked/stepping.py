@@ -1,6 +1,7 @@
-"""The optimizer step of one rank: gradients summed over parts, clipped by the norm over stages, for its own weights.
+"""The optimizer step of one rank: gradients summed over parts, averaged over replicas, clipped by the norm over stages.
 
-A batch norm's running statistics are averaged over parts at every step: evaluations and checkpoints have one set.
+A batch norm's running statistics are averaged over parts and replicas at every step: evaluations and checkpoints have
+one set. All sums are made in the order of the ranks, so that all replicas end every step with the same bits.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from penstock.engine.trainer import TrainConfig
 
 
 class StageOptimizer:
-    """Steps the parameters named in `owned`. All parts of a stage end with the same bits, as do any number of
-    stages."""
+    """Steps the parameters named in `owned`. All parts and replicas of a stage end with the same bits, as do
+    any number of stages."""
 
     def __init__(
         self, model: nn.Module, owned: set[str], train: TrainConfig, layout: Layout, transport: Transport
@@ -34,29 +35,35 @@ class StageOptimizer:
 
     def step(self, rate: float) -> None:
         """Sum, clip, step and forget the gradients. Raises PeerLost."""
-        part = self._layout.part_of(self._transport.rank)
-        stage = self._layout.stage_of(self._transport.rank)
+        layout, rank = self._layout, self._transport.rank
         with torch.no_grad():
-            if self._layout.parts > 1:
-                peers = [self._layout.rank(p, stage) for p in range(self._layout.parts)]
-                self._sum(peers, [_gradient(parameter) for parameter in self._parameters])
-                self._sum(peers, self._statistics)
-                for tensor in self._statistics:
-                    tensor.div_(self._layout.parts)
+            if layout.parts > 1:
+                self._combine(layout.same_stage(rank), gradients_by=1, statistics_by=layout.parts)
+            if layout.replicas > 1:
+                self._combine(layout.same_place(rank), gradients_by=layout.replicas, statistics_by=layout.replicas)
             if self._clip_norm is not None:
-                self._clip(self._clip_norm, [self._layout.rank(part, s) for s in range(self._layout.stages)])
+                place = layout.part_of(rank), layout.replica_of(rank)
+                self._clip(self._clip_norm, [layout.rank(place[0], s, place[1]) for s in range(layout.stages)])
         if self.optimizer is not None:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=False)
 
+    def _combine(self, ranks: Sequence[int], *, gradients_by: int, statistics_by: int) -> None:
+        """Sum gradients and running statistics over `ranks`, and divide them."""
+        gradients = [_gradient(parameter) for parameter in self._parameters]
+        for tensors, divisor in ((gradients, gradients_by), (self._statistics, statistics_by)):
+            self._sum(ranks, tensors)
+            for tensor in tensors if divisor > 1 else ():
+                tensor.div_(divisor)
+
     def _sum(self, ranks: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Make every tensor the sum of those of all `ranks`, added in the order of the parts."""
+        """Make every tensor the sum of those of all `ranks`, added in their order."""
         if not tensors:
             return
         total = torch.zeros_like(flat := torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        for part in gather_all(self._transport, ranks, flat):
-            total += part
+        for found in gather_all(self._transport, ranks, flat):
+            total += found
         at = 0
         for tensor in tensors:
             tensor.copy_(total[at : at + tensor.numel()].view_as(tensor))

@@ -105,7 +105,8 @@ def _lanes(layout: Layout, low: int, high: int) -> list[tuple[str, bool]]:
         lanes += [("forward", True), ("exact", True), ("backward", False)]
     if high in layout.peers(low):
         lanes += [("halo", True), ("halo", False)]
-    if lanes or layout.part_of(low) == layout.part_of(high):
+    is_one_part = layout.replica_of(low) == layout.replica_of(high) and layout.part_of(low) == layout.part_of(high)
+    if lanes or is_one_part or high in layout.siblings(low):
         lanes += [("reduce", True), ("reduce", False)]
     return lanes
 

@@ -2,7 +2,7 @@
 
 The driver holds no tensor but the final weights. Every epoch is planned and proven sound before any rank sees it. A
 rerun continues from the newest checkpoint: `full` ones have histories and continue to the same bits with the same
-chunks and parts; others, `light` ones among them, start from exact histories.
+chunks, parts and replicas; others, `light` ones and replicas that are new among them, start from exact histories.
 """
 
 import logging
@@ -27,7 +27,8 @@ from penstock.engine.chunked.checkpoints import (
     publish_checkpoint,
     read_latest,
 )
-from penstock.engine.chunked.schedule import EpochPlan, chunk_order, plan_epoch, plan_exact
+from penstock.engine.chunked.planning import plan_replicas
+from penstock.engine.chunked.schedule import EpochPlan, plan_exact
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
 from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.validate import validate_plan
@@ -169,7 +170,7 @@ class ChunkedTrainer:
             self._open_backend(self.specs) as self._backend,
             MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics,
         ):
-            self._start(None if found is None else found.path, None if found is None else found.state["full"])
+            self._start(found)
             while not self._finished:
                 self._epoch()
             weights: dict[str, Tensor] = {}
@@ -188,17 +189,20 @@ class ChunkedTrainer:
         if differing:
             raise ValueError(f"{path} is of a run with other {', '.join(differing)}; use the same, or --resume=false")
 
-    def _start(self, checkpoint: Path | None, cut: Any) -> None:
+    def _start(self, checkpoint: ChunkedCheckpoint | None) -> None:
         """Bring ranks to where training is: weights and histories of a checkpoint, or exact or zero histories."""
-        restores = checkpoint is not None and cut == self._identity["chunks"]
+        replicas, restored = range(self.layout.replicas), 0
         if checkpoint is not None:
-            self._call("load", [(checkpoint, restores)] * self.layout.num_ranks)
-            if not restores:
-                logger.info("%s has no histories of these chunks; they start exact", checkpoint)
-        if restores or self._finished:
+            if checkpoint.state["full"] == self._identity["chunks"]:
+                restored = checkpoint.state.get("replicas", 1)
+            by_rank = [self.layout.replica_of(rank) < restored for rank in range(self.layout.num_ranks)]
+            self._call("load", [(checkpoint.path, has_histories) for has_histories in by_rank])
+        if self._finished or not replicas[restored:]:
             return
-        if self.chunked.starts_exact or checkpoint is not None:
-            self._exact(keep=True, splits=(), compares=False)
+        if checkpoint is not None or self.chunked.starts_exact:
+            if checkpoint is not None:
+                logger.info("%s lacks histories of these chunks and replicas; they start exact", checkpoint.path)
+            self._exact(keep=True, splits=(), compares=False, replicas=replicas[restored:])
         else:
             self._call("start_cold")
 
@@ -210,36 +214,24 @@ class ChunkedTrainer:
         if total:
             self._progress("chunks", done, total, "actions")
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """The proven plan of an epoch."""
-        config = self.chunked
-        order = chunk_order(
-            self.train.seed, epoch, self._num_chunks, config.cycle_orders, shuffle=config.shuffle_chunks
-        )
-        plan = plan_epoch(
-            self.layout,
-            epoch=epoch,
-            order=order,
-            updates=config.updates_per_epoch,
-            gradient_mode=config.gradient_mode,
-            recompute=self.spec.recompute,
-            defer_weights=config.defer_weights,
-        )
-        validate_plan(plan, self.layout, period=config.period)
-        return plan
+    def plans(self, epoch: int) -> list[EpochPlan]:
+        """The proven plans of an epoch, one per replica."""
+        seed, recompute = self.train.seed, self.spec.recompute
+        return plan_replicas(self.layout, self.chunked, self._num_chunks, seed=seed, epoch=epoch, recompute=recompute)
 
     def _epoch(self) -> None:
         epoch, updates = self.state.epochs_done, self.chunked.updates_per_epoch
-        plan = self.plan(epoch)
+        plans = self.plans(epoch)
         rates = tuple(
             learning_rate(self.train, epoch * updates + n, updates, self.train.epochs) for n in range(updates)
         )
         began = time.perf_counter()
         self._board.reset()
-        self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plan)])
+        self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plans)])
         self._epoch_s.append(time.perf_counter() - began)
         last = self.layout.stages - 1
-        loss = math.fsum(r.loss for r in self._reports if self.layout.stage_of(r.rank) == last) / updates
+        total = math.fsum(r.loss for r in self._reports if self.layout.stage_of(r.rank) == last)
+        loss = total / (updates * self.layout.replicas)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} in epoch {epoch}; lower lr={self.train.lr}, or set grad_clip")
         self.state.losses.append(loss)
@@ -285,16 +277,29 @@ class ChunkedTrainer:
             self._call("keep_best")
         state.stopped_early = train.patience is not None and not last and epoch - state.best_epoch >= train.patience
 
-    def _exact(self, *, keep: bool, splits: tuple[Split, ...], compares: bool = True) -> dict[Split, Metrics]:
-        """Run an exact pass after the epochs done so far; it `compares` histories where there are some."""
+    def _exact(
+        self,
+        *,
+        keep: bool,
+        splits: tuple[Split, ...],
+        compares: bool = True,
+        replicas: Sequence[int] | None = None,
+    ) -> dict[Split, Metrics]:
+        """Run an exact pass after the epochs done so far; it `compares` histories where there are some.
+
+        Where it is to `keep` the rows, those of `replicas`, or else of all; a mere evaluation is for the first replica.
+        """
         began = time.perf_counter()
         epoch = len(self.state.losses) - 1  # the version of rows that come before the next epoch
         layers = self._stage_layers()
-        plan = plan_exact(self.layout, layers, self._num_chunks, epoch)
-        validate_plan(plan, self.layout, stage_layers=layers)
+        chosen = (0,) if not keep else tuple(range(self.layout.replicas)) if replicas is None else tuple(replicas)
+        plans = [plan_exact(self.layout, layers, self._num_chunks, epoch, replica) for replica in chosen]
+        for plan in plans:
+            validate_plan(plan, self.layout, stage_layers=layers)
         sampled = epoch % self._num_chunks if compares else None
         self._board.reset()
-        arguments = [(own, keep, splits, sampled) for own in self._own_lists(plan)]
+        counted = [splits if self.layout.replica_of(rank) == 0 else () for rank in range(self.layout.num_ranks)]
+        arguments = [(own, keep, count, sampled) for own, count in zip(self._own_lists(plans), counted, strict=True)]
         reports: list[ExactReport] = self._call("exact_pass", arguments)
         totals = {split: Counts(self._num_classes) for split in splits}
         errors: dict[int, list[float]] = {}
@@ -307,8 +312,11 @@ class ChunkedTrainer:
         self._times["exact"] += time.perf_counter() - began
         return {split: counts.metrics() for split, counts in totals.items()}
 
-    def _own_lists(self, plan: EpochPlan) -> list[EpochPlan]:
-        return [plan.only_for(rank) for rank in range(self.layout.num_ranks)]
+    def _own_lists(self, plans: Sequence[EpochPlan]) -> list[EpochPlan]:
+        """By rank: its replica's plan, or any where that has none."""
+        plan_of = {plan.replica: plan for plan in plans}
+        ranks = range(self.layout.num_ranks)
+        return [plan_of.get(self.layout.replica_of(rank), plans[0]).only_for(rank) for rank in ranks]
 
     def _stage_layers(self) -> tuple[range, ...]:
         """Hidden layers by stage: unit n is the n-th of them, unit 0 is none."""
@@ -340,7 +348,12 @@ class ChunkedTrainer:
         for entries in self._call("save", [(folder,)] * self.layout.num_ranks):
             files |= entries
         full = self._identity["chunks"] if self.chunked.checkpoint == "full" else None
-        value = {"state": asdict(self.state), "identity": self._identity, "full": full}
+        value = {
+            "state": asdict(self.state),
+            "identity": self._identity,
+            "full": full,
+            "replicas": self.layout.replicas,  # whose histories are there, where they are; nothing said: one
+        }
         publish_checkpoint(self._checkpoints, epoch, value, files, keep=self.train.keep_checkpoints)
         self._saved = (epoch, time.monotonic())
         self._last_save_s = time.perf_counter() - began

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from penstock.engine.chunked.follow import MESSAGE_BOUND, ExactRank, ScheduleError, Stale, TrainingRank, refuse
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.play import TOGETHER, play
-from penstock.engine.chunked.schedule import EpochPlan, Kind, Phase
+from penstock.engine.chunked.schedule import EpochPlan, Kind, Phase, join_plans
 
-__all__ = ["ScheduleError", "history_versions", "validate_plan"]
+__all__ = ["ScheduleError", "history_versions", "validate_plan", "validate_replicas"]
 
 Lane = tuple[int, int, Phase]  # source, destination
 
@@ -23,10 +23,11 @@ def _stage_layers(plan: EpochPlan, layout: Layout) -> list[range]:
     layers: list[range] = []
     start: int | None = None
     for stage in range(layout.stages):
-        found = sorted({action.layer for action in plan.actions[stage] if action.kind is Kind.REFRESH})
+        rank = layout.rank(0, stage, plan.replica)
+        found = sorted({action.layer for action in plan.actions[rank] if action.kind is Kind.REFRESH})
         first = start if start is not None else (found[0] if found else 0)
         if found != list(range(first, first + len(found))):
-            refuse(plan, stage, 0, f"layers {found} do not go on from layer {first}")
+            refuse(plan, rank, 0, f"layers {found} do not go on from layer {first}")
         layers.append(range(first, first + len(found)))
         start = layers[-1].stop if found else start
     return layers
@@ -37,6 +38,11 @@ def _check_shape(plan: EpochPlan, layout: Layout) -> None:
         raise ScheduleError(
             f"epoch {plan.epoch}: {len(plan.actions)} lists for {layout.num_ranks} ranks; plan it for them"
         )
+    if not 0 <= plan.replica < layout.replicas:
+        raise ScheduleError(f"epoch {plan.epoch}: replica {plan.replica} of {layout.replicas}; plan it for one of them")
+    for rank, actions in enumerate(plan.actions):
+        if actions and layout.replica_of(rank) != plan.replica:
+            refuse(plan, rank, 0, f"is of replica {layout.replica_of(rank)}, the plan of replica {plan.replica}")
     if sorted(plan.order) != list(range(len(plan.order))):
         raise ScheduleError(f"epoch {plan.epoch}: order {plan.order} is not a permutation of 0..{len(plan.order) - 1}")
     if plan.exact:
@@ -71,17 +77,14 @@ def _check_lanes(plan: EpochPlan) -> None:
 def _check_parts(plan: EpochPlan, layout: Layout) -> None:
     """Ranks of a stage exchange rows inside an action, so all must do the same ones in the same order."""
     for stage in range(layout.stages):
-        lists = []
-        for part in range(layout.parts):
-            rank = layout.rank(part, stage)
-            lists.append([(n, action) for n, action in enumerate(plan.actions[rank]) if action.kind in TOGETHER])
-        for part in range(1, layout.parts):
-            rank = layout.rank(part, stage)
-            for (_, first), (position, action) in zip(lists[0], lists[part], strict=False):
+        ranks = layout.same_stage(layout.rank(0, stage, plan.replica))
+        lists = [[(n, a) for n, a in enumerate(plan.actions[rank]) if a.kind in TOGETHER] for rank in ranks]
+        for rank, found in zip(ranks[1:], lists[1:], strict=True):
+            for (_, first), (position, action) in zip(lists[0], found, strict=False):
                 if first != action:
-                    refuse(plan, rank, position, f"rank {stage} of the same stage does {first} then")
-            if len(lists[0]) != len(lists[part]):
-                refuse(plan, rank, len(plan.actions[rank]), f"does not match rank {stage} of the same stage")
+                    refuse(plan, rank, position, f"rank {ranks[0]} of the same stage does {first} then")
+            if len(lists[0]) != len(found):
+                refuse(plan, rank, len(plan.actions[rank]), f"does not match rank {ranks[0]} of the same stage")
 
 
 def _check_ends(plan: EpochPlan, layout: Layout) -> None:
@@ -107,7 +110,7 @@ def validate_plan(
     messages: Sequence[int] | None = None,
     stage_layers: Sequence[range] | None = None,
 ) -> None:
-    """Raise ScheduleError unless every rank can run its list to the end and computes what the plan's mode says.
+    """Raise ScheduleError unless every rank of a replica can run its list to the end and computes what the mode says.
 
     `period` (epochs) is how long histories stay as they are, and so how old a row may be when it is read. `past` and
     `messages` have the epoch of every chunk's history and gradient messages as the epoch begins; unless told, what a
@@ -116,7 +119,7 @@ def validate_plan(
     _check_shape(plan, layout)
     if plan.exact:
         layers = stage_layers or _stage_layers(plan, layout)
-        for rank in range(layout.num_ranks):
+        for rank in layout.ranks_of(plan.replica):
             ExactRank(plan, layout, rank, layers[layout.stage_of(rank)]).check()
     else:
         past = history_versions(plan.epoch, period, len(plan.order)) if past is None else past
@@ -126,8 +129,23 @@ def validate_plan(
             messages={c: age for c, v in enumerate(messages) if not 0 < (age := plan.epoch - v) <= MESSAGE_BOUND},
             period=period,
         )
-        for rank in range(layout.num_ranks):
+        for rank in layout.ranks_of(plan.replica):
             TrainingRank(plan, layout, rank, stale).check()
     _check_lanes(plan)
     _check_parts(plan, layout)
     _check_ends(plan, layout)
+
+
+def validate_replicas(plans: Sequence[EpochPlan], layout: Layout, *, period: int = 1) -> None:
+    """Raise ScheduleError unless the plans of all replicas are sound, alone and together: they meet at every STEP."""
+    for replica, plan in enumerate(plans):
+        if plan.replica != replica:
+            raise ScheduleError(f"epoch {plan.epoch}: the plan of replica {plan.replica} is given for {replica}")
+        validate_plan(plan, layout, period=period)
+        for name in ("epoch", "gradient_mode", "exact"):
+            if getattr(plan, name) != getattr(plans[0], name):
+                raise ScheduleError(f"epoch {plan.epoch}: replica {replica} has another {name} than replica 0")
+    if len(plans) != layout.replicas:
+        raise ScheduleError(f"epoch {plans[0].epoch}: {len(plans)} plans for {layout.replicas} replicas; plan them all")
+    if layout.replicas > 1:
+        _check_ends(join_plans(plans), layout)

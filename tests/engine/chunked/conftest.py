@@ -65,6 +65,7 @@ class Case:
     train: TrainConfig
     dtype: Any = "float64"
     recompute: bool = True
+    replicas: int = 1
     history_memory: int = 1 << 26
     poison: bool = True
     numbers: Iterator[int]
@@ -103,7 +104,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.chunked.stages, self.chunked.parts)
+        return Layout(self.chunked.stages, self.chunked.parts, self.replicas)
 
     def fresh_folder(self) -> Path:
         return self.folder / f"run-{next(self.numbers)}"
@@ -138,11 +139,12 @@ class Case:
             model_config=self.model,
             train=self.train,
             chunked=self.chunked,
-            features=[FeatureSpec(kind="memory")] * self.chunked.parts,
+            features=[FeatureSpec(kind="memory")] * (self.chunked.parts * self.replicas),
             recompute=self.recompute,
             history_memory=self.history_memory,
             dtype=self.dtype,
             poison=self.poison,
+            replicas=self.replicas,
         )
 
     def trainer(self, folder: Path | None = None, evaluate: tuple[Split, ...] = (), **options: Any) -> ChunkedTrainer:

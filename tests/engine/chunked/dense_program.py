@@ -4,7 +4,7 @@ It shares the models with ours, and nothing else: rows of all nodes lie in whole
 group of chunks gives the gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -130,18 +130,22 @@ class Reference:
 
     def epoch(self, order: Sequence[int] | None = None) -> float:
         """One epoch over chunks."""
+        losses = list(self.updates(order))
+        return sum(losses) / len(losses)
+
+    def updates(self, order: Sequence[int] | None = None) -> Iterator[float]:
+        """An epoch, which gives the loss of each group when its gradients are there, and then makes its step."""
         self.model.train()
-        config, losses = self.case.chunked, []
+        config = self.case.chunked
         order = self.case.order(self.epochs) if order is None else order
         tables = {layer: rows.clone() for layer, rows in self.history.items()}  # what is read of other chunks
         for group in cut_groups(order, config.updates_per_epoch):
-            losses.append(self._group(group, order, tables))
+            yield self._group(group, order, tables)
             self._step()
         if (self.epochs + 1) % config.period == 0:
             share = config.ema_gamma if config.push == "ema" else 1.0
             self.history = {n: share * rows + (1 - share) * self.history[n] for n, rows in tables.items()}
         self.epochs += 1
-        return sum(losses) / len(losses)
 
     def _group(self, group: Sequence[int], order: Sequence[int], tables: Rows) -> float:
         """Forward and backward of one group of chunks; `tables` go from past rows to fresh ones."""

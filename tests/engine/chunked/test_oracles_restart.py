@@ -139,7 +139,7 @@ def test_a_checkpoint_that_fails_leaves_no_bytes(make_case: MakeCase) -> None:
 def test_ranks_that_are_threads_end_at_the_next_action_when_they_are_left(make_case: MakeCase) -> None:
     """One that waits for nobody too: an interrupt must not take as long as an epoch."""
     case = make_case(kind="gcnii")
-    plan, specs = case.trainer().plan(0), case.specs()
+    (plan,), specs = case.trainer().plans(0), case.specs()
     with open_threads(specs) as backend:
         backend.call("start_cold")
         backend.hub.aborted.set()

@@ -38,7 +38,7 @@ def test_ranks_are_numbered_stage_first() -> None:
 
 
 def test_a_layout_without_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="stages=0 and parts=2"):
+    with pytest.raises(ValueError, match="stages=0, parts=2"):
         Layout(0, 2)
 
 
