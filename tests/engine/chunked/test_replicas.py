@@ -158,7 +158,7 @@ def averaged(case: "Case") -> tuple[list[float], dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("replicas", "options"),
     [
-        (2, {"kind": "gcn", "norm": "batch", "dropout": 0.3, **DROP}),
+        (2, {"kind": "gcn", "norm": "batch", "dropout": 0.3, "optimizer": "sgd", "lr": 0.5, **DROP}),
         (3, {"kind": "gcnii", "dropout": 0.3, "grad_clip": 0.1, "stages": 2, **DROP}),
         (2, {"kind": "gat", "gradient_mode": "stale", "dropout": 0.2, "optimizer": "sgd", "lr": 0.5}),
     ],
