@@ -5,6 +5,7 @@ Legend: B rows, C classes. Counts stay on the device until `Counts.metrics`, so 
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from torch.nn import functional
 from penstock.storage.errors import full_disk_is_clear
 
 MetricName = Literal["accuracy", "micro_f1", "macro_f1", "loss"]
+Listener = Callable[[dict[str, Any]], None]
 
 
 def node_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,11 +113,11 @@ class MetricsWriter:
     """Append one JSON object per line to a file; a context manager.
 
     Opening cuts the file to its first `keep_bytes`: a resumed run passes what its checkpoint recorded, so that no step
-    is in the file twice.
+    is in the file twice. `listeners` get every record that is written; they must return fast.
     """
 
-    def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, keep_bytes: int = 0, listeners: Sequence[Listener] = ()) -> None:
+        self.path, self._listeners = path, listeners
         with full_disk_is_clear(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab")
@@ -138,3 +140,5 @@ class MetricsWriter:
         with full_disk_is_clear(self.path):
             self._file.write(line.encode())
             self._file.flush()
+        for listener in self._listeners:
+            listener(record)

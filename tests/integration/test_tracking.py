@@ -1,0 +1,220 @@
+"""Trackers with their real libraries, and what becomes of a run when one of them fails."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.engine.metrics import MetricsWriter
+from penstock.engine.trainer import Stopped
+from penstock.storage.errors import MissingDependency
+from penstock.tracking import tracker as tracker_module
+from penstock.tracking.tracker import Ledger, Status, Tracker, Trackers, open_trackers
+
+CONFIG = {"train.lr": 0.01, "model.kind": "sage", "note": "x" * 9000, "model.kwargs.api_token": "not to be seen"}
+RECORDS: list[dict[str, Any]] = [
+    {"step": 10, "epoch": 1.0, "loss": 2.0, "lr": 0.1},
+    {"step": 10, "epoch": 1, "train_loss": 2.1, "valid_accuracy": 0.5, "text": "x", "flag": True, "none": None},
+    {"step": 20, "epoch": 2.0, "loss": 1.0, "lr": 0.1},
+    {"step": 30, "epoch": 3.0, "loss": 0.5, "lr": 0.1},
+]
+
+
+class Recorder:
+    """A tracker that fails where it is told to."""
+
+    def __init__(self, fails_at: int | None = None, waits_for: threading.Event | None = None) -> None:
+        self.seen: list[tuple[int, dict[str, float]]] = []
+        self.kept: list[str] = []
+        self.status: Status | None = None
+        self._fails_at, self._waits_for = fails_at, waits_for
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._waits_for is not None:
+            self._waits_for.wait(30)
+        if step == self._fails_at:
+            raise ConnectionError("no answer from https://me:secret-word@service/")
+        self.seen.append((step, dict(numbers)))
+
+    def artefacts(self, paths: Sequence[Path]) -> None:
+        self.kept += [path.name for path in paths]
+
+    def end(self, status: Status) -> None:
+        self.status = status
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """The recorder stands where a library's tracker would."""
+    found = Recorder(fails_at=20)
+    put_in_place(monkeypatch, found)
+    yield found
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch, found: Tracker) -> None:
+    monkeypatch.setattr(tracker_module, "_find_opener", lambda name: lambda run_dir, config: found)
+
+
+def write_all(trackers: Trackers, path: Path, records: Sequence[dict[str, Any]]) -> None:
+    with MetricsWriter(path, listeners=(trackers.observe,)) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def test_records_arrive_in_order_and_a_failure_costs_its_record_only(
+    recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    with caplog.at_level(logging.WARNING), open_trackers(("wandb",), tmp_path, CONFIG) as trackers:
+        write_all(trackers, tmp_path / "metrics.jsonl", RECORDS)
+        trackers.artefacts([tmp_path / "result.json", tmp_path / "missing"])
+    assert [step for step, _ in recorder.seen] == [10, 10, 30]
+    assert recorder.seen[1] == (10, {"epoch": 1.0, "train_loss": 2.1, "valid_accuracy": 0.5})
+    assert recorder.kept == ["result.json"] and recorder.status == "ok"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(RECORDS)
+    first, last = caplog.messages
+    assert "ConnectionError" in first and "secret-word" not in first and "training goes on" in first
+    assert "lost 1 records" in last
+
+
+@pytest.mark.parametrize(("error", "status"), [(Stopped("later"), "stopped"), (ValueError("bad"), "failed")])
+def test_trackers_learn_how_a_run_ended(recorder: Recorder, tmp_path: Path, error: Exception, status: str) -> None:
+    with pytest.raises(type(error)), open_trackers(("mlflow",), tmp_path, CONFIG):
+        raise error
+    assert recorder.status == status
+
+
+def test_a_service_that_hangs_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    put_in_place(monkeypatch, Recorder(waits_for=answers))
+    monkeypatch.setattr(tracker_module, "_QUEUED", 3)
+    monkeypatch.setattr(tracker_module, "_GRACE_S", 0.2)
+    with caplog.at_level(logging.WARNING), open_trackers(("mlflow",), tmp_path, {}) as trackers:
+        for step in range(20):
+            trackers.observe({"step": step, "loss": 1.0})
+    answers.set()
+    assert "more than 3 records behind" in caplog.messages[0] and "mlflow lost" in caplog.messages[-1]
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(tracker_module._MODULES, "wandb", "no_such_library")
+    with (
+        pytest.raises(MissingDependency, match=r"pip install 'penstock\[wandb\]'"),
+        open_trackers(("wandb",), tmp_path, {}),
+    ):
+        pass
+
+
+def test_a_ledger_knows_what_was_sent(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "tracking" / "x.json")
+    assert ledger.run_id is None and ledger.fresh(0, {"loss": 1.0}) == {"loss": 1.0}
+    ledger.note("run", 10, {"loss": 1.0})
+    again = Ledger(tmp_path / "tracking" / "x.json")
+    assert again.run_id == "run"
+    assert again.fresh(10, {"loss": 1.0, "train_loss": 2.0}) == {"train_loss": 2.0}
+    assert again.fresh(11, {"loss": 1.0}) == {"loss": 1.0}
+    other = Ledger(tmp_path / "tracking" / "x.json", "other")
+    assert other.run_id == "other" and other.fresh(10, {"loss": 1.0}) == {"loss": 1.0}
+
+
+def events(folder: Path) -> list[Any]:
+    """Events of all files in the order in which TensorBoard reads them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its checksum, payload, its checksum
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event()
+            event.ParseFromString(data[at + 12 : at + 12 + size])
+            found.append(event)
+            at += 16 + size
+    return found
+
+
+def scalars(found: Sequence[Any]) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: a session that starts at a step hides what came before at that step or later."""
+    shown: dict[str, list[tuple[int, float]]] = {}
+    for event in found:
+        if event.WhichOneof("what") == "session_log":
+            shown = {tag: [point for point in points if point[0] < event.step] for tag, points in shown.items()}
+        for value in event.summary.value:
+            if value.WhichOneof("value") == "simple_value":
+                shown.setdefault(value.tag, []).append((event.step, round(value.simple_value, 6)))
+    return shown
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    with open_trackers(("tensorboard",), tmp_path, CONFIG) as trackers:
+        write_all(trackers, tmp_path / "metrics.jsonl", RECORDS)
+    again = [{"step": 20, "epoch": 2.0, "loss": 1.25, "lr": 0.1}, {"step": 40, "epoch": 4.0, "loss": 0.25, "lr": 0.1}]
+    with open_trackers(("tensorboard",), tmp_path, CONFIG) as trackers:  # it went on from a checkpoint at step 15
+        write_all(trackers, tmp_path / "metrics.jsonl", again)
+    found = events(tmp_path / "tensorboard")
+    shown = scalars(found)
+    assert shown["loss"] == [(10, 2.0), (20, 1.25), (40, 0.25)]
+    assert shown["train_loss"] == [(10, 2.1)] and shown["valid_accuracy"] == [(10, 0.5)]
+    text = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"model.kind: sage" in text and b"not to be seen" not in text
+
+
+def test_tensorboard_falls_back_within_a_process(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    with open_trackers(("tensorboard",), tmp_path, {}) as trackers:
+        write_all(trackers, tmp_path / "a.jsonl", [{"step": step, "loss": float(step)} for step in (1, 2, 3)])
+        write_all(trackers, tmp_path / "b.jsonl", [{"step": step, "loss": step + 0.5} for step in (2, 3, 4)])
+    assert scalars(events(tmp_path / "tensorboard"))["loss"] == [(1, 1.0), (2, 2.5), (3, 3.5), (4, 4.5)]
+
+
+def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'penstock[mlflow]'")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow's own server is not in mlflow-skinny
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "trials")
+    run = tmp_path / "run-1"
+    run.mkdir()
+    (run / "config.yaml").write_text("mode: sampled\n")
+    config = {**CONFIG, **{f"many.{n}": n for n in range(150)}}
+    with pytest.raises(Stopped), open_trackers(("mlflow",), run, config) as trackers:
+        write_all(trackers, run / "metrics.jsonl", RECORDS[:3])
+        raise Stopped("later")
+    run_id = json.loads((run / "tracking" / "mlflow.json").read_text())["run_id"]
+    client = mlflow.MlflowClient()
+    assert client.get_run(run_id).info.status == "KILLED"
+    with open_trackers(("mlflow",), run, {**config, "train.lr": 0.02}) as trackers:
+        write_all(trackers, run / "metrics.jsonl", RECORDS)
+        trackers.artefacts([run / "config.yaml"])
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED" and found.info.run_name == "run-1"
+    assert client.get_experiment(found.info.experiment_id).name == "trials"
+    history = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "loss")]
+    assert history == [(10, 2.0), (20, 1.0), (30, 0.5)]
+    assert len(found.data.params) == len(config) and found.data.params["train.lr"] == "0.01"
+    assert found.data.params["model.kwargs.api_token"] == "***"
+    assert [file.path for file in client.list_artifacts(run_id)] == ["config.yaml"]
+
+    given = client.create_run(found.info.experiment_id).info.run_id  # as a platform's step would
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    with open_trackers(("mlflow",), run, config) as trackers:
+        write_all(trackers, run / "metrics.jsonl", RECORDS)
+    assert [metric.step for metric in client.get_metric_history(given, "loss")] == [10, 20, 30]
+    assert client.get_run(given).info.status == "RUNNING"
+
+
+def test_wandb_keeps_an_offline_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'penstock[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with open_trackers(("wandb",), tmp_path, CONFIG) as trackers:
+        write_all(trackers, tmp_path / "metrics.jsonl", RECORDS)
+    state = json.loads((tmp_path / "tracking" / "wandb.json").read_text())
+    assert state["last"]["loss"] == 30 and state["last"]["train_loss"] == 10
+    (stored,) = (tmp_path / "wandb").glob(f"offline-run-*-{state['run_id']}")
+    assert list(stored.glob("*.wandb")) and wandb.run is None
