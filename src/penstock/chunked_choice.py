@@ -1,4 +1,7 @@
-"""How a chunked run fits the machine: memory per rank, and which split of devices is predicted to be the fastest."""
+"""How a chunked run fits the machine: memory per rank, and which split of devices is predicted to be the fastest.
+
+Replicas are alike, so one is sized and predicted, with its share of the memory, threads and disk.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +50,14 @@ def _feature_rows(chunks: ChunkStore, model: nn.Module) -> NDArray[np.int64]:
     return np.array([part.own_sizes + (first_hidden(model) == 1) * part.halo_sizes for part in parts])
 
 
+def _host_bytes(run: Run) -> int:
+    """Memory for one replica."""
+    return run.budgets.host_bytes // run.config.cluster.replicas
+
+
 def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["memory", "packs"], int]:
-    """Where features come from, and the bytes that they take or may take, over all parts."""
-    host, rows = run.budgets.host_bytes, _feature_rows(chunks, model)
+    """Where features come from, and the bytes that they take or may take, over all parts of a replica."""
+    host, rows = _host_bytes(run), _feature_rows(chunks, model)
     float_bytes = 4 * run.graph.meta.num_features
     wanted = int(rows.sum()) * float_bytes
     largest = int(rows.max()) * (float_bytes + run.graph.row_format.row_bytes) * _BATCHES
@@ -86,7 +94,7 @@ def _model_facts(run: Run, model: nn.Module) -> ModelFacts:
 
 
 def _profile(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, num_ranks: int) -> Profile:
-    before = torch.get_num_threads()
+    before, num_ranks = torch.get_num_threads(), num_ranks * run.config.cluster.replicas
     torch.set_num_threads(max(1, run.threads // num_ranks))
     try:
         return profile_model(
@@ -107,16 +115,18 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
     """
     features, feature_bytes = _share(run, chunks, model)
     layout = Layout(config.stages, config.parts)
-    rank_bytes = max(0, run.budgets.host_bytes - feature_bytes) // layout.num_ranks
+    rank_bytes = max(0, _host_bytes(run) - feature_bytes) // layout.num_ranks
     profile = _profile(run, chunks, config, model, layout.num_ranks)
     facts = _graph_facts({config.parts: chunks})
     choice = choose_split(layout, facts, _model_facts(run, model), profile, config, rank_bytes)
     if not choice.fits:
-        needed = choice.peak_bytes * layout.num_ranks + feature_bytes
+        replicas = run.config.cluster.replicas
+        needed = (choice.peak_bytes * layout.num_ranks + feature_bytes) * replicas
+        each, fewer = (f" in each of {replicas} replicas", "fewer replicas, ") if replicas > 1 else ("", "")
         raise DoesNotFit(
             f"--host-memory {format_bytes(run.budgets.host_bytes)} is too small: {layout.num_ranks} ranks need "
-            f"{format_bytes(choice.peak_bytes)} each, features {format_bytes(feature_bytes)}; use --host-memory "
-            f"{needed} or more, or more chunks",
+            f"{format_bytes(choice.peak_bytes)} each, features {format_bytes(feature_bytes)}{each}; use --host-memory "
+            f"{needed} or more, {fewer}or more chunks",
             host_bytes=needed,
         )
     return Sizes(
@@ -139,7 +149,7 @@ def compare_ranks(run: Run, model: nn.Module, devices: int, cut: Callable[[int],
         _profile(run, stores[1], config, model, devices),
         config,
         devices=devices,
-        memory_bytes=(run.budgets.host_bytes - feature_bytes) // devices,
+        memory_bytes=(_host_bytes(run) - feature_bytes) // devices,
     )
 
 

@@ -1,12 +1,14 @@
 """From a graph to ranks that can start: chunks, the choice of stages and parts, features in memory or in packs.
 
-Each step is skipped when it is done. Memory is one budget for the whole machine: features and topology come first, the
-rest is shared out among the ranks, for what they keep of activations and for histories; what does not fit goes to disk.
+Each step is skipped when it is done. Memory is one budget for all replicas together, in equal shares: features and
+topology come first, the rest is shared out among the ranks, for what they keep of activations and for histories; what
+does not fit goes to disk.
 """
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.features import TRAIN_SHARE
 from penstock.engine.chunked.layout import Layout, split_stages
 from penstock.engine.chunked.ownership import owned_names, unit_tensors
-from penstock.engine.chunked.schedule import chunk_order, load_sequence, plan_epoch
+from penstock.engine.chunked.planning import plan_replica
+from penstock.engine.chunked.schedule import load_sequence
 from penstock.engine.chunked.setup import make_specs, unit_costs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.trainer import initial_weights
@@ -84,21 +87,14 @@ def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
     return config.resolved(value["stages"], value["parts"])
 
 
-def _sequences(config: ChunkedConfig, seed: int, recompute: bool) -> list[tuple[int, ...]]:
-    """What stage 0 loads in every epoch of a cycle."""
-    found = []
-    for epoch in range(config.cycle_orders):
-        order = chunk_order(seed, epoch, config.chunks, config.cycle_orders, shuffle=config.shuffle_chunks)
-        plan = plan_epoch(
-            Layout(1, 1),
-            epoch=epoch,
-            order=order,
-            updates=config.updates_per_epoch,
-            gradient_mode=config.gradient_mode,
-            recompute=recompute,
-        )
-        found.append(load_sequence(plan))
-    return found
+def _sequences(config: ChunkedConfig, seed: int, recompute: bool, replica: int) -> list[tuple[int, ...]]:
+    """What stage 0 of a replica loads in every epoch of a cycle."""
+    alone = Layout(1, 1, replica + 1)
+    plans = (
+        plan_replica(alone, config, config.chunks, seed=seed, epoch=epoch, recompute=recompute, replica=replica)
+        for epoch in range(config.cycle_orders)
+    )
+    return [load_sequence(plan) for plan in plans]
 
 
 def _pack(
@@ -126,7 +122,8 @@ def _pack(
         host_memory=run.budgets.host_bytes // 2,
         progress=run.progress,
     )
-    budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0)
+    disk_bytes = run.budgets.disk_bytes // run.config.cluster.replicas
+    budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0, disk_bytes=disk_bytes)
     planned = plan_packs(
         run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
     )
@@ -134,8 +131,9 @@ def _pack(
         assert planned.summary is not None
         raise DoesNotFit(
             f"the packs of part {part} need {planned.summary.disk_needed_bytes} bytes of disk, --disk gives "
-            f"{run.budgets.disk_bytes}; raise it, lower chunked.cycle_orders, or give more --host-memory",
-            disk_bytes=planned.summary.disk_needed_bytes,
+            f"{disk_bytes}{' to each replica' if run.config.cluster.replicas > 1 else ''}; raise it, lower "
+            "chunked.cycle_orders, or give more --host-memory",
+            disk_bytes=planned.summary.disk_needed_bytes * run.config.cluster.replicas,
         )
     write_packs(planned, run.graph, trace, packs, host_memory=run.budgets.host_bytes // 2, progress=run.progress)
     for scratch in ("trace", "plan"):
@@ -144,25 +142,25 @@ def _pack(
 
 
 def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, sizes: Sizes) -> list[FeatureSpec]:
-    """By part: in memory where they fit or the user wants it, else packs."""
+    """By replica and part: in memory where they fit or the user wants it, else packs.
+
+    Packs are in the order of a replica; exact passes have one order, and so packs that all replicas read.
+    """
+    replicas = run.config.cluster.replicas
     if sizes.features == "memory":
-        return [FeatureSpec(kind="memory", row_dtype=run.config.plan.row_dtype)] * config.parts
-    halo = first_hidden(model) == 1
-    sequences = _sequences(config, run.config.train.seed, sizes.recompute)
+        return [FeatureSpec(kind="memory", row_dtype=run.config.plan.row_dtype)] * (config.parts * replicas)
     reuse = run.config.plan.model_copy(update={"mode": "reuse"})
+    shared: dict[str, Any] = {"halo": first_hidden(model) == 1}
     found = []
-    for part in range(config.parts):
-        folder = (
-            run.path
-            / "features"
-            / f"{config.chunks}x{config.parts}-{part:03d}-{'twice' if sizes.recompute else 'once'}"
-        )
-        shared: dict[str, Any] = {"halo": halo}
+    for replica, part in product(range(replicas), range(config.parts)):
+        name = f"{config.chunks}x{config.parts}-{part:03d}-{'twice' if sizes.recompute else 'once'}"
+        folder = run.path / "features" / (f"{name}-{replicas}" if replicas > 1 else name)  # tiers are planned by share
+        sequences = _sequences(config, run.config.train.seed, sizes.recompute, replica)
         train = _pack(
             run,
             chunks,
             part,
-            folder / "train",
+            folder / (f"train-{replica:03d}" if replica else "train"),
             sequences,
             plan=reuse,
             host_bytes=int(sizes.feed_bytes * TRAIN_SHARE),
@@ -212,7 +210,8 @@ def prepare_ranks(run: Run) -> PreparedRanks:
         recompute=sizes.recompute,
         history_memory=sizes.history_bytes,
         feed_memory=sizes.feed_bytes,
-        threads=max(1, run.threads // (config.stages * config.parts)),
+        threads=max(1, run.threads // (config.stages * config.parts * run.config.cluster.replicas)),
         units=sizes.units,
+        replicas=run.config.cluster.replicas,
     )
-    return PreparedRanks(model=model, chunks=chunks, layout=Layout(config.stages, config.parts), specs=specs)
+    return PreparedRanks(model=model, chunks=chunks, layout=specs[0].layout, specs=specs)

@@ -2,14 +2,15 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from penstock.chunked_prepare import PreparedRanks, prepare_ranks
+from penstock.config import RunConfig
 from penstock.engine.chunked.backend import OpenBackend
-from penstock.engine.chunked.config import BackendName
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.spec import RankReport
 from penstock.engine.chunked.telemetry import epoch_record
@@ -24,15 +25,17 @@ from penstock.schedule_plot import draw_schedule
 from penstock.storage.graph import Split
 
 
-def find_backend(name: BackendName) -> OpenBackend:
-    """What opens ranks; Ray is imported only where it is asked for."""
-    if name == "threads":
-        return open_threads
-    if name == "processes":
-        return open_processes
+def find_backend(config: RunConfig) -> OpenBackend:
+    """What opens ranks: Ray where there is an address, or else what `chunked.backend` says.
+
+    Ray is imported only where it is asked for.
+    """
+    name, cluster = config.chunked.backend, config.cluster
+    if cluster.address is None and name != "ray":
+        return open_threads if name == "threads" else open_processes
     from penstock.cluster.pipeline import open_ray
 
-    return open_ray
+    return partial(open_ray, address=cluster.address, resources=cluster.replica_resources)
 
 
 def _train(run: Run, prepared: PreparedRanks, resume: bool) -> ChunkedResult:
@@ -40,7 +43,7 @@ def _train(run: Run, prepared: PreparedRanks, resume: bool) -> ChunkedResult:
     evaluate: tuple[Split, ...] = ("valid",) if run.evaluates else ()
     trainer = ChunkedTrainer(
         prepared.specs,
-        find_backend(config.chunked.backend),
+        find_backend(config),
         checkpoints=run.path / "checkpoints",
         metrics=run.path / "metrics.jsonl",
         evaluate=evaluate,
@@ -70,6 +73,7 @@ def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]
     layout = prepared.layout
     return {
         "rank": report.rank,
+        "replica": layout.replica_of(report.rank),
         "part": layout.part_of(report.rank),
         "stage": layout.stage_of(report.rank),
         "units": list(prepared.specs[report.rank].units[layout.stage_of(report.rank)]),
@@ -145,6 +149,7 @@ def _schedule(prepared: PreparedRanks, trained: ChunkedResult) -> dict[str, Any]
     value: dict[str, Any] = {
         "stages": layout.stages,
         "parts": layout.parts,
+        "replicas": layout.replicas,
         "units": [list(unit) for unit in prepared.specs[0].units],
         "recompute": prepared.specs[0].recompute,
         "features": prepared.specs[0].features.kind,

@@ -39,6 +39,8 @@ def draw_schedule(reports: Sequence[RankReport], layout: Layout, out: Path) -> N
             if labelled and kind in ("forward", "backward"):
                 axes.text(middle, report.rank, str(chunk), ha="center", va="center", fontsize=6)
     names = [f"part {layout.part_of(r.rank)} stage {layout.stage_of(r.rank)}" for r in reports]
+    if layout.replicas > 1:
+        names = [f"replica {layout.replica_of(r.rank)} {name}" for r, name in zip(reports, names, strict=True)]
     axes.set_yticks(range(len(reports)), names)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the epoch began")

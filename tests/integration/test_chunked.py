@@ -110,11 +110,11 @@ def test_a_memory_budget_that_is_too_small_is_exit_code_4_with_the_one_that_does
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("kind", "row_dtype"), [("gcn", "int8"), ("gcnii", None)])
+@pytest.mark.parametrize(("kind", "row_dtype", "replicas"), [("gcn", "int8", 1), ("gcnii", None, 2)])
 def test_packs_and_histories_on_disk_give_the_weights_of_memory(
-    graph: Path, tmp_path: Path, kind: str, row_dtype: str | None
+    graph: Path, tmp_path: Path, kind: str, row_dtype: str | None, replicas: int
 ) -> None:
-    """gcn reads features of halos, gcnii of own rows only."""
+    """gcn reads features of halos, gcnii of own rows only. Every replica has packs in the order of its own chunks."""
     flags = {
         "dataset": graph,
         "mode": "chunked",
@@ -125,15 +125,18 @@ def test_packs_and_histories_on_disk_give_the_weights_of_memory(
         "plan.row_dtype": row_dtype,
         "train.epochs": 5,
         "train.threads": 1,
+        "cluster.replicas": replicas,
     }
     disk = {
         "run_dir": tmp_path / "disk",
-        "budgets.host_memory": 7 * MIB if kind == "gcn" else 9 * MIB // 2,
+        "budgets.host_memory": 7 * MIB if kind == "gcn" else 9 * MIB // 2 * replicas,
         "chunked.history_storage": "disk",
     }
     found = train(load_config(flags={**flags, **disk}))
     assert found["schedule"]["features"] == "packs" and found["schedule"]["recompute"]
     assert found["ranks"][0]["history_read_bytes"] > 0
+    assert found["schedule"]["replicas"] == replicas
+    assert [rank["replica"] for rank in found["ranks"]] == list(range(replicas))
     found = train(load_config(flags={**flags, "run_dir": tmp_path / "memory", "feed": "memory"}))
     assert found["schedule"]["features"] == "memory" and found["ranks"][0]["history_read_bytes"] == 0
     assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
