@@ -16,9 +16,14 @@ from penstock.storage.progress import Progress, silent
 _ROWS = 1 << 16  # rows of a table that are scored together
 
 
-@torch.no_grad()
 def evaluate_feed(model: nn.Module, feed: Iterable[MiniBatch], num_classes: int) -> Metrics:
     """Score a model on every item of a feed, in evaluation mode; its mode is restored."""
+    return count_feed(model, feed, num_classes).metrics()
+
+
+@torch.no_grad()
+def count_feed(model: nn.Module, feed: Iterable[MiniBatch], num_classes: int) -> Counts:
+    """What `evaluate_feed` counts, to be added to what others count."""
     was_training = model.training
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     counts = Counts(num_classes, device)
@@ -29,7 +34,7 @@ def evaluate_feed(model: nn.Module, feed: Iterable[MiniBatch], num_classes: int)
             counts.update(model(on_device.blocks, on_device.features), on_device.labels)
     finally:
         model.train(was_training)
-    return counts.metrics()
+    return counts
 
 
 def score_table(table: LayerTable, graph: GraphStore, split: Split) -> Metrics:

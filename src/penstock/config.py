@@ -138,6 +138,12 @@ class RunConfig(BaseModel):
         return self
 
     @property
+    def has_replicas(self) -> bool:
+        """Whether sampled training runs in processes or actors of its own."""
+        cluster = self.cluster
+        return self.mode == "sampled" and (cluster.replicas > 1 or cluster.address is not None or cluster.feeders > 0)
+
+    @property
     def work_dir(self) -> Path:
         """Folder on each host for packs and scratch of its replicas."""
         if self.remote.stage_dir is None:
@@ -149,7 +155,9 @@ class RunConfig(BaseModel):
         value = flatten(self.model_dump(mode="json"))
         if self.remote.dataset is not None:
             value["dataset"] = self.remote.dataset  # its local copy may lie elsewhere next time
-        return {key: item for key, item in value.items() if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_IN)}
+        return {
+            key: item for key, item in value.items() if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_IN)
+        }
 
     def digest(self) -> str:
         """A short hash of the identity."""

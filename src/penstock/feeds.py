@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, sample_config, sample_split, train_budgets
+from penstock.prepare import Prepared, deal_of, sample_config, sample_split, train_budgets
 from penstock.run import Run
 from penstock.sampler.producer import start_producer
 from penstock.sampler.sizing import ROLLING_SHARE
@@ -87,6 +87,7 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
                 budgets,
                 start_step=start_step,
                 stop_step=stop_step,
+                deal=deal_of(run, "train"),
                 threads=1,  # beside the trainer, which waits for cores and not for windows
             ) as producer,
             open_pack_feed(

@@ -14,10 +14,11 @@ from typing import Any
 from penstock.engine.models import needs_degrees
 from penstock.run import Run
 from penstock.sampler.estimate import DiskRates, PlanSummary
-from penstock.sampler.neighbors import SampleConfig, sample_trace
+from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.storage.budget import Budgets, format_bytes
+from penstock.storage.deal import Deal
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json, write_json
@@ -49,6 +50,24 @@ def sample_config(run: Run, split: Split) -> SampleConfig:
     return config.model_copy(update=update)
 
 
+def deal_of(run: Run, split: Split) -> Deal | None:
+    """Which items of a split are this replica's; None where there is only one. ValueError where none are."""
+    if run.replicas == 1:
+        return None
+    return Deal(
+        replicas=run.replicas,
+        rank=run.rank,
+        group_items=run.config.train.accumulate if split == "train" else run.replicas,
+        epoch_items=count_items(run.graph, split, sample_config(run, split).batch_size),
+    )
+
+
+def own_splits(run: Run) -> tuple[Split, ...]:
+    """The splits to evaluate of which this replica has items."""
+    counts = {s: count_items(run.graph, s, sample_config(run, s).batch_size) for s in run.evaluated_splits}
+    return tuple(split for split, count in counts.items() if count > run.rank)
+
+
 def train_epochs(run: Run) -> int:
     """Epochs of training that are sampled ahead; a rolling run plans by one and samples each anew."""
     return 1 if run.config.plan.mode == "rolling" else min(run.config.sampled_epochs, run.config.train.epochs)
@@ -63,6 +82,7 @@ def sample_split(run: Run, split: Split) -> Trace:
         split=split,
         shuffle=split == "train",
         num_epochs=train_epochs(run) if split == "train" else 1,
+        deal=deal_of(run, split),
         host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
         threads=run.threads,
         progress=run.progress,

@@ -33,17 +33,25 @@ from penstock.storage.graph import GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
 
-_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks")
+_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks", "local")
 _MACHINE = "machine.json"
 _DERIVED_FILES = ("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png")
 
 
 class Run:
-    """An open run folder; made by `open_run`, which holds its lock."""
+    """An open run folder; made by `open_run`, which holds its lock. A replica has one of its own on its host."""
 
     def __init__(
-        self, config: RunConfig, graph: GraphStore, progress: Progress, stop_requested: threading.Event
+        self,
+        config: RunConfig,
+        graph: GraphStore,
+        progress: Progress,
+        stop_requested: threading.Event,
+        *,
+        rank: int = 0,
+        replicas: int = 1,
     ) -> None:
+        self.rank, self.replicas = rank, replicas
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()

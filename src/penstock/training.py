@@ -19,6 +19,7 @@ from penstock.engine.modelfile import save_model
 from penstock.engine.trainer import Stopped, Trainer, TrainResult
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.prepare import Prepared, prepare
+from penstock.replicated_training import train_replicated
 from penstock.report import draw_curves, write_result
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
@@ -117,8 +118,8 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
 
 
 def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
-    if run.config.mode == "chunked":
-        sections = train_chunked(run, resume)
+    if run.config.mode == "chunked" or run.config.has_replicas:
+        sections = (train_chunked if run.config.mode == "chunked" else train_replicated)(run, resume)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
     in_memory = run.config.feed == "memory"
