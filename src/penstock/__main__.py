@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
+from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.storage import logs
 
 app = App(
@@ -17,6 +18,8 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative=()),
 )
+k8s = App(name="k8s", help="Manifests for Kubernetes.", default_parameter=Parameter(negative=()))
+app.command(k8s)
 
 
 @Parameter(name="*")
@@ -273,6 +276,33 @@ def train(
     if in_memory:
         config = config.model_copy(update={"feed": "memory"})
     run_train(config, force=options.force, resume=resume, result_json=options.result_json, quiet=options.quiet)
+
+
+@app.command
+def submit(dataset: str | None = None, *, options: RunOptions | None = None, job: SubmitOptions | None = None) -> None:
+    """Train as a job of a Ray cluster, once: the same command finds a job that runs, or is done.
+
+    Args:
+        dataset: Graph store, a folder that the cluster's nodes share or a URI.
+    """
+    from penstock.launch_verbs import run_submit
+
+    run, config = options or RunOptions(), (options or RunOptions()).load(dataset)
+    sys.exit(run_submit(config, job or SubmitOptions(), force=run.force, copy=run.result_json, quiet=run.quiet))
+
+
+@k8s.command
+def render(
+    dataset: str | None = None, *, options: RunOptions | None = None, manifest: KubernetesOptions | None = None
+) -> None:
+    """Print manifests: a RayJob for KubeRay 1.7, or a plain Job for one machine; for `kubectl apply -f -`.
+
+    Args:
+        dataset: Graph store, a URI or a path on a mounted volume.
+    """
+    from penstock.launch_verbs import run_render
+
+    run_render((options or RunOptions()).load(dataset), manifest or KubernetesOptions())
 
 
 @app.command

@@ -12,7 +12,14 @@
 | 130 | interrupted |
 """
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
 from penstock.storage.errors import DataError, DoesNotFit
+
+_TERMINATION_LOG = "/dev/termination-log"
+_TERMINATION_BYTES = 4096
 
 OK, INTERNAL, USAGE, DATA, DOES_NOT_FIT, MISSING, RETRY, INTERRUPTED = 0, 1, 2, 3, 4, 5, 75, 130
 
@@ -27,3 +34,17 @@ def exit_code(error: BaseException) -> int:
         if isinstance(error, kind):
             return code
     return INTERNAL
+
+
+def write_termination_log(error: BaseException, code: int) -> None:
+    """Tell Kubernetes why this process ends, in the 4 KiB that it keeps; nothing elsewhere.
+
+    The file is PENSTOCK_TERMINATION_LOG, or in a pod /dev/termination-log. Never an error: there is one already.
+    """
+    path = os.environ.get("PENSTOCK_TERMINATION_LOG")
+    if path is None and "KUBERNETES_SERVICE_HOST" in os.environ and Path(_TERMINATION_LOG).exists():
+        path = _TERMINATION_LOG
+    if path:
+        reason = f"penstock: exit code {code}: {type(error).__name__}: {error}".encode()
+        with suppress(OSError):
+            Path(path).write_bytes(reason[:_TERMINATION_BYTES].decode(errors="ignore").encode())
