@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.kernels.plan import count_accesses, look_up, next_uses, rank_misses
-from penstock.sampler.policies import POLICIES, Belady, Policy, PolicyName, top_rows
+from penstock.sampler.policies import POLICIES, Belady, Fixed, Policy, PolicyName, top_rows
 
 MAX_LAPS = 3  # later ones differed by 0.1 % of the tier, if at all
 InputIds = Callable[[int], NDArray[Any]]
@@ -85,18 +85,37 @@ def cyclic_future(ids: InputIds, num_items: int, census: Census, future: FutureU
 class Tiers:
     """The device tier and the host tier during planning: who is where, as the items go by.
 
-    Owns `place` int32 [N]. Device rows are the most accessed and stay.
+    Owns `place` int32 [N]. Device rows are the most accessed and stay, or are the first of `kept` int64 [K], node ids
+    (-1 for none) from device slot 0 on; those behind them are what a static host tier holds.
     """
 
     def __init__(
-        self, counts: NDArray[np.int32], *, policy: PolicyName, num_device: int, num_host: int, max_inputs: int
+        self,
+        counts: NDArray[np.int32],
+        *,
+        policy: PolicyName,
+        num_device: int,
+        num_host: int,
+        max_inputs: int,
+        kept: NDArray[np.int64] | None = None,
     ) -> None:
         self.place = np.full(len(counts), -1, np.int32)
         self.device = np.full(num_device, -1, np.int64)
-        top = top_rows(counts, self.place, num_device)
-        self.device[: len(top)] = top
-        self.place[top] = np.arange(len(top), dtype=np.int32)
-        self.policy: Policy = POLICIES[policy](self.place, counts, num_device, num_host)
+        if kept is None:
+            top = top_rows(counts, self.place, num_device)
+            self.device[: len(top)] = top
+            self.place[top] = np.arange(len(top), dtype=np.int32)
+            self.policy: Policy = POLICIES[policy](self.place, counts, num_device, num_host)
+        else:
+            slots = np.flatnonzero(kept >= 0)
+            self.place[kept[slots]] = slots.astype(np.int32)
+            self.device[:] = kept[:num_device]
+            is_fixed = len(kept) > num_device
+            self.policy = (
+                Fixed(kept[num_device:].copy())
+                if is_fixed
+                else POLICIES[policy](self.place, counts, num_device, num_host)
+            )
         self._base = num_device + len(self.policy.nodes)
         self.reserve(max_inputs)
 

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.sampler.accesses import Accesses
 from penstock.sampler.layouts import rolling_fixed_bytes, rolling_item_bytes
 from penstock.sampler.lookahead import RollingPlanner
@@ -57,20 +60,39 @@ def clear_windows(out: Path) -> None:
     out.mkdir(parents=True)
 
 
-def _probe(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What some items told: their sizes, those of their extents from empty tiers, int64 [T], and the slots that fit.
+
+    `residents` are node ids per slot, device slots first, after the items.
+    """
+
+    sizes: ItemSizes
+    extent_bytes: NDArray[np.int64]
+    num_device: int
+    num_host: int
+    residents: NDArray[np.int64]
+
+
+def probe_items(
     graph: GraphStore,
-    out: Path,
+    folder: Path,
     sample: SampleConfig,
     plan: PlanConfig,
     budgets: Budgets,
     meta: TraceMeta,
     start_step: int,
+    *,
+    memory: int,
     threads: int,
-) -> tuple[TraceMeta, PackSetMeta]:
-    """Sample some items where training starts, and size tiers and windows by them. DoesNotFit where none fits."""
-    memory, row_format = _producer_memory(budgets), packed_format(graph, plan)
+    share: float = ROLLING_SHARE,
+) -> Probe:
+    """Sample some items where training starts into `folder`, which is deleted, and size the tiers by them.
+
+    Only `share` of the host budget is for feeding. DoesNotFit where not even no tier fits.
+    """
+    row_format = packed_format(graph, plan)
     probe = replace(meta, window_items=min(_PROBE_ITEMS, meta.items_per_epoch))
-    folder = out / "probe"
     index = sample_window(
         graph, folder, sample, probe, start_step // probe.window_items, host_memory=memory, threads=threads
     )
@@ -95,6 +117,7 @@ def _probe(
                 num_device=num_device,
                 host_bytes=budgets.host_bytes,
                 rolling=True,
+                share=share,
             )
             policy: PolicyName = plan.policy if num_host else "none"
             future = uses if policy == "belady" else None
@@ -103,27 +126,47 @@ def _probe(
             )
             counts = settle(tiers, accesses.ids, count, future, max_laps=1)  # rolling tiers start empty
     shutil.rmtree(folder)
-    extent_bytes = float(sizes.extent_bytes(counts.misses, counts.admits).mean())
-    window_items = _window_items(budgets.disk_bytes, sizes, extent_bytes, num_device + num_host, meta.items_per_epoch)
-    packset = packset_meta(
-        graph,
-        replace(meta, window_items=window_items),
-        mode="rolling",
-        policy=plan.policy,
-        row_format=row_format,
+    return Probe(
+        sizes=sizes,
+        extent_bytes=sizes.extent_bytes(counts.misses, counts.admits),
         num_device=num_device,
         num_host=num_host,
-        window_items=window_items,
-        num_items=meta.num_items,
-        max_extent_bytes=0,
-        max_inputs=min(graph.num_nodes, int(sizes.max_inputs * ROLLING_MARGIN)),
+        residents=tiers.residents(),
     )
-    return replace(meta, window_items=window_items), packset
 
 
-def _window_items(disk_bytes: int, sizes: ItemSizes, extent_bytes: float, slots: int, items_per_epoch: int) -> int:
-    item_bytes = rolling_item_bytes(extent_bytes, float(sizes.payload_bytes.mean()), float(sizes.num_inputs.mean()))
-    fixed = rolling_fixed_bytes(slots, sizes.largest_extent_bytes)
+def rolling_meta(
+    graph: GraphStore, trace: TraceMeta, plan: PlanConfig, probe: Probe, window_items: int
+) -> tuple[TraceMeta, PackSetMeta]:
+    """What windows of so many items share, with room for items larger than those probed."""
+    trace = replace(trace, window_items=window_items)
+    packset = packset_meta(
+        graph,
+        trace,
+        mode="rolling",
+        policy=plan.policy,
+        row_format=probe.sizes.row_format,
+        num_device=probe.num_device,
+        num_host=probe.num_host,
+        window_items=window_items,
+        num_items=trace.num_items,
+        max_extent_bytes=0,
+        max_inputs=min(graph.num_nodes, int(probe.sizes.max_inputs * ROLLING_MARGIN)),
+    )
+    return trace, packset
+
+
+def endless_trace(once: TraceMeta, stop_step: int) -> TraceMeta:
+    """A trace of as many epochs as hold the items before `stop_step`, from one of a single epoch."""
+    return replace(once, num_epochs=max(1, -(-stop_step // once.items_per_epoch)))
+
+
+def _window_items(disk_bytes: int, probe: Probe, items_per_epoch: int) -> int:
+    sizes = probe.sizes
+    item_bytes = rolling_item_bytes(
+        float(probe.extent_bytes.mean()), float(sizes.payload_bytes.mean()), float(sizes.num_inputs.mean())
+    )
+    fixed = rolling_fixed_bytes(probe.num_device + probe.num_host, sizes.largest_extent_bytes)
     window_items = int((disk_bytes - fixed) // item_bytes)
     if window_items < 1:
         raise DoesNotFit(
@@ -155,23 +198,37 @@ def produce_windows(
 ) -> None:
     """Make the windows that hold steps start_step <= s < stop_step, in order, as fast as the disk budget allows.
 
-    Step s is item s of an endless trace, of a replica's own items with a `deal`. The folder `out` is cleared first. `wait` is called while there is no room,
-    and may raise to end. Raises DoesNotFit where a window cannot fit at all, DataError for bad data.
+    Step s is item s of an endless trace, of a replica's own items with a `deal`. The folder `out` is cleared first.
+    `wait` is called while there is no room, and may raise to end. Raises DoesNotFit where a window cannot fit at all,
+    DataError for bad data.
     """
     graph = open_graph(graph_path)
     clear_windows(out)
     once = make_trace_meta(
         graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle, deal=deal
     )
-    endless = replace(once, num_epochs=max(1, -(-stop_step // once.items_per_epoch)))
-    trace, meta = _probe(graph, out, sample_config, plan_config, budgets, endless, start_step, threads)
+    endless = endless_trace(once, stop_step)
+    memory = _producer_memory(budgets)
+    probe = probe_items(
+        graph,
+        out / "probe",
+        sample_config,
+        plan_config,
+        budgets,
+        endless,
+        start_step,
+        memory=memory,
+        threads=threads,
+    )
+    window_items = _window_items(budgets.disk_bytes, probe, endless.items_per_epoch)
+    trace, meta = rolling_meta(graph, endless, plan_config, probe, window_items)
     rolling = Rolling(
         graph=graph,
         sample=sample_config,
         trace=trace,
         meta=meta,
         policy=plan_config.policy if meta.host_slots else "none",
-        memory=_producer_memory(budgets),
+        memory=memory,
         threads=threads,
         disk_bytes=budgets.disk_bytes,
     )
@@ -204,12 +261,17 @@ def _sample(rolling: Rolling, out: Path, window: int) -> WindowIndex:
         host_memory=rolling.memory,
         threads=rolling.threads,
     )
-    if max(index.num_inputs) > rolling.meta.max_inputs:
+    check_inputs(index, rolling.meta)
+    return index
+
+
+def check_inputs(index: WindowIndex, meta: PackSetMeta) -> None:
+    """DoesNotFit where an item of a window is larger than the feed's batches."""
+    if max(index.num_inputs) > meta.max_inputs:
         raise DoesNotFit(
-            f"an item of window {window} reads {max(index.num_inputs)} rows, {rolling.meta.max_inputs} were expected; "
+            f"an item of window {index.window} reads {max(index.num_inputs)} rows, {meta.max_inputs} were expected; "
             "resume the run: it sizes its batches anew, where training is now"
         )
-    return index
 
 
 def _pack(
@@ -225,7 +287,7 @@ def _pack(
     scratch.mkdir(exist_ok=True)
     row_bytes = rolling.meta.row_format.row_bytes
     recording = planner.plan(current, following, row_bytes=row_bytes, scratch=scratch)
-    plan = _window_plan(rolling, current.window, recording)
+    plan = window_plan(rolling.graph, rolling.meta, current.window, recording)
     _wait_for_room(rolling, out, sum(head.extent_bytes for head in recording.heads), wait)
     with Accesses(out / "traces", [current]) as accesses:
         pack_windows(plan, accesses, [0], out, host_memory=rolling.memory)
@@ -234,16 +296,17 @@ def _pack(
         (out / "traces" / window_name(current.window, suffix)).unlink()
 
 
-def _window_plan(rolling: Rolling, window: int, recording: Recording) -> Plan:
+def window_plan(graph: GraphStore, meta: PackSetMeta, window: int, recording: Recording) -> Plan:
+    """The plan of a single rolling window."""
     return Plan(
         mode="rolling",
-        meta=rolling.meta,
+        meta=meta,
         first_window=window,
         heads=recording.heads,
         segment_rows=(0,),
         arrays=recording.arrays,
-        table=feature_table(rolling.graph),
-        stored=rolling.graph.row_format,
+        table=feature_table(graph),
+        stored=graph.row_format,
         summary=None,
     )
 

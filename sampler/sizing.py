@@ -200,10 +200,12 @@ def choose_slots(
     num_device: int,
     host_bytes: int,
     rolling: bool,
+    share: float = ROLLING_SHARE,
 ) -> int:
     """Rows of the host tier that the budget allows; DoesNotFit where not even none does.
 
-    Rolling tiers start empty wherever training is, so that an item may miss all; and the producer needs its share.
+    Rolling tiers start empty wherever training is, so that an item may miss all; and the producer needs its share: only
+    `share` is for feeding.
     """
     device = Tiers(census.counts, policy="none", num_device=num_device, num_host=0, max_inputs=sizes.max_inputs)
     if policy == "none":
@@ -225,5 +227,5 @@ def choose_slots(
         curve=curve,
         host_bytes=host_bytes,
         movable=policy != "none",
-        share=ROLLING_SHARE if rolling else 1.0,
+        share=share if rolling else 1.0,
     )
