@@ -35,6 +35,7 @@ from penstock.storage.graph import GraphStore
 from penstock.storage.npyfile import open_npy
 from penstock.storage.pack import Extent, PackSetMeta, feed_memory, open_packset
 from penstock.storage.pipe import PipeClosed
+from penstock.storage.table import RowSource, StoredRows
 from penstock.storage.tiers import HostTier, place_rows, restore
 from penstock.storage.trace import window_name
 
@@ -48,7 +49,7 @@ class PackSource:
         self,
         packs: Path,
         meta: PackSetMeta,
-        graph: GraphStore,
+        rows: RowSource,
         steps: range,
         slots: list[Slot],
         *,
@@ -56,7 +57,7 @@ class PackSource:
         threads: int,
         producer_check: Callable[[], None] | None,
     ) -> None:
-        self._packs, self._meta, self._graph, self._steps = packs, meta, graph, steps
+        self._packs, self._meta, self._rows, self._steps = packs, meta, rows, steps
         self._slots, self._threads, self._check = slots, threads, producer_check
         self._copies = side_stream(device)
         self._host = HostTier(meta.host_slots, meta.row_format)
@@ -131,8 +132,8 @@ class PackSource:
             on_device = opened.residents()[: self._meta.device_slots]
             on_host = holders_before(opened, first, self._meta.device_slots, self._slots[0])
         self._check_slot_counts(on_device, on_host)
-        self._restored_bytes += restore(self._on_device, on_device, self._graph)
-        self._restored_bytes += restore(self._host, on_host, self._graph)
+        self._restored_bytes += restore(self._on_device, on_device, self._rows)
+        self._restored_bytes += restore(self._host, on_host, self._rows)
         self._stream = ExtentStream(self._packs, self._meta, self._steps, self._slots, producer_check=self._check)
         if self._stopped:  # `close` may have come before there was a stream to close
             self._stream.close()
@@ -175,7 +176,7 @@ def make_slots(meta: PackSetMeta, host_memory: int) -> list[Slot]:
 
 def open_pack_feed(
     packs: Path,
-    graph: GraphStore,
+    graph: GraphStore | RowSource,
     *,
     start_step: int,
     stop_step: int,
@@ -191,18 +192,21 @@ def open_pack_feed(
     Step s is item s % num_items of a `reuse` pack set, item s of a `rolling` one. `producer_check` raises when the
     process that makes rolling windows is gone; without it, a missing window is an error at once. `delete_behind`
     deletes windows behind the feed: as soon as their last batch is given back, or, without `auto_release`, when
-    `feed.release(step)` says that nothing before `step` is wanted again.
+    `feed.release(step)` says that nothing before `step` is wanted again. Of `graph` only the rows are read that fill the
+    tiers before the first step.
 
     Raises FormatError where packs are damaged or of another graph, DoesNotFit where `host_memory` is too small.
     """
     meta = open_packset(packs)
-    if meta.graph != graph.fingerprint:
-        raise FormatError(f"{packs} was packed from another graph than {graph.path}; pack again")
+    rows = StoredRows(graph) if isinstance(graph, GraphStore) else graph
+    if meta.graph != rows.fingerprint:
+        where_from = graph.path if isinstance(graph, GraphStore) else f"{rows.fingerprint}, which rows come from"
+        raise FormatError(f"{packs} was packed from another graph than {where_from}; pack again")
     slots, where = make_slots(meta, host_memory), torch.device(device)
 
     def open_source(steps: range) -> PackSource:
         count = num_threads() if threads is None else threads
-        return PackSource(packs, meta, graph, steps, slots, device=where, threads=count, producer_check=producer_check)
+        return PackSource(packs, meta, rows, steps, slots, device=where, threads=count, producer_check=producer_check)
 
     def release(step: int) -> None:
         if delete_behind and meta.mode == "rolling":

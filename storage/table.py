@@ -4,8 +4,9 @@ Sorted ids that lie near each other come with one read: reading a gap of up to `
 request (2 GB/s and 0.1 ms a request on the reference machine). Restoring tiers needs this; training does not.
 """
 
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,35 @@ from penstock.storage.rows import RowFormat, decode_rows, encode_rows
 
 _GAP_BYTES = 128 << 10
 _READ_BYTES = 8 << 20
+
+
+class Rows(Protocol):
+    """Open rows by node id; `bytes_read` counts."""
+
+    bytes_read: int
+
+    def gather(self, ids: NDArray[Any], out: NDArray[np.uint8]) -> None:
+        """Put the rows of ascending `ids` int [n] into `out` uint8 [n, row_bytes]."""
+
+
+class RowSource(Protocol):
+    """Where rows come from when tiers are restored: the feature table of a graph, or whoever has one."""
+
+    fingerprint: str
+
+    def open_rows(self, row_format: RowFormat) -> AbstractContextManager[Rows]:
+        """Open it for rows of a format."""
+
+
+class StoredRows:
+    """The rows of a graph store on this host; a `RowSource`."""
+
+    def __init__(self, graph: GraphStore) -> None:
+        self._graph, self.fingerprint = graph, graph.fingerprint
+
+    def open_rows(self, row_format: RowFormat) -> "FeatureTable":
+        """See `RowSource`."""
+        return FeatureTable(self._graph, row_format)
 
 
 class FeatureTable:

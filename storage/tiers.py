@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from penstock.kernels import gather
 from penstock.kernels.parallel import parallel_for
-from penstock.storage.graph import GraphStore
 from penstock.storage.pack import Extent
 from penstock.storage.rows import RowDtype, RowFormat, decode_rows
-from penstock.storage.table import FeatureTable
+from penstock.storage.table import RowSource
 
 _WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16, "int8": np.uint8}
 _KERNELS: dict[RowDtype, Callable[..., None]] = {
@@ -47,8 +46,8 @@ def check_slots(slots: NDArray[Any], num_slots: int) -> None:
         raise ValueError(f"slots {int(slots.min())}..{int(slots.max())} are not all within the tier's {num_slots}")
 
 
-def restore(tier: Tier, residents: NDArray[Any], graph: GraphStore) -> int:
-    """Fill the tier from the feature table: slot k gets node `residents[k]`, or nothing where it is negative.
+def restore(tier: Tier, residents: NDArray[Any], source: RowSource) -> int:
+    """Fill the tier: slot k gets node `residents[k]`, or nothing where it is negative.
 
     Rows are read in node order, and in pieces, so that memory stays bounded. Returns the bytes read.
     """
@@ -57,7 +56,7 @@ def restore(tier: Tier, residents: NDArray[Any], graph: GraphStore) -> int:
     ids = np.asarray(residents)[slots]
     piece = max(1, _FILL_BYTES // tier.row_format.row_bytes)
     rows = np.empty((min(piece, len(ids)), tier.row_format.row_bytes), np.uint8)
-    with FeatureTable(graph, tier.row_format) as table:
+    with source.open_rows(tier.row_format) as table:
         for lo in range(0, len(ids), piece):
             hi = min(lo + piece, len(ids))
             table.gather(ids[lo:hi], rows[: hi - lo])

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from penstock.engine.device_tier import DeviceTier
 from penstock.storage.graph import GraphStore
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat, decode_rows, encode_rows
+from penstock.storage.table import StoredRows
 from penstock.storage.tiers import HostTier, RowPlace, Tier, as_words, gather_table, restore, row_words
 
 
@@ -63,7 +64,7 @@ class TierContract:
         residents = np.random.default_rng(3).permutation(tiny_graph.num_nodes)[:50]
         residents[[4, 40]] = -1
         before = tier.read(np.array([4, 40]))
-        assert restore(tier, residents, tiny_graph) > 0
+        assert restore(tier, residents, StoredRows(tiny_graph)) > 0
         held = np.flatnonzero(residents >= 0)
         rows = encode_rows(np.array(tiny_graph.features[residents[held]]), row_format)
         np.testing.assert_array_equal(tier.read(held), decode_rows(rows, row_format))
