@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -23,6 +23,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from penstock.cluster.actor import HEARTBEATS, RankActor
+from penstock.cluster.placement import (
+    Amounts,
+    NodeResources,
+    NoRoom,
+    Placement,
+    Strategy,
+    plan_placement,
+    ranks_alone,
+)
 from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, WorkerSpec, open_board
 from penstock.engine.chunked.failures import Outcome, died
 from penstock.engine.chunked.torch_transport import GroupBackend
@@ -30,7 +39,6 @@ from penstock.engine.chunked.worker import OPEN_RANK
 
 logger = logging.getLogger(__name__)
 
-Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 _HEARTBEAT_S = 0.5
 _GRACE_S = 20.0  # for actors that were told to end
 T = TypeVar("T")
@@ -180,19 +188,49 @@ def _gpus_per_rank(specs: Sequence[WorkerSpec]) -> float:
     return 1.0 / math.ceil(len(specs) / count)
 
 
-def _reserve(specs: Sequence[WorkerSpec], gpus: float, strategy: Strategy) -> PlacementGroup:
-    """One bundle per rank; ValueError where the cluster has no room for them in time."""
-    bundles = [{"CPU": float(spec.threads)} | ({"GPU": gpus} if gpus else {}) for spec in specs]
+def _place(
+    specs: Sequence[WorkerSpec],
+    gpus: float,
+    groups: Sequence[Sequence[int]] | None,
+    resources: Amounts | None,
+    strategy: Strategy | None,
+) -> Placement:
+    """Place replicas on the nodes there are; where they have no room, an autoscaler may bring others."""
+    layout = specs[0].layout
+    groups = groups or [layout.ranks_of(replica) for replica in range(layout.replicas)]
+    wanted: dict[str, Any] = {
+        "cpus_per_rank": float(max(spec.threads for spec in specs)),
+        "gpus_per_rank": gpus,
+        "resources": resources,
+    }
+    if strategy is not None:
+        return ranks_alone(groups, **wanted, strategy=strategy, reason="as the caller wants it")
+    nodes = [
+        NodeResources(name=node["NodeManagerHostname"], amounts=node["Resources"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    try:
+        return plan_placement(groups, **wanted, nodes=nodes)
+    except NoRoom as error:
+        return ranks_alone(groups, **wanted, reason=str(error))
+
+
+def _reserve(placement: Placement, num_ranks: int, patience_s: float) -> PlacementGroup:
+    """Make the placement group; ValueError where the cluster has no room for it in time."""
+    bundles, strategy = list(placement.bundles), placement.strategy
     group: PlacementGroup = placement_group(bundles, strategy=strategy, name="penstock")
-    patience_s = specs[0].timeout_s
     if not group.wait(patience_s):
         remove_placement_group(group)
         found = ray.available_resources()  # type: ignore[no-untyped-call]
-        free = {name: found.get(name, 0.0) for name in ("CPU", "GPU")}
+        free = {name: found.get(name, 0.0) for name in ("CPU", "GPU", *bundles[0])}
+        each = "" if len(bundles) == num_ranks else f" in {len(bundles)} bundles"
         raise ValueError(
-            f"no room for {len(bundles)} ranks of {bundles[0]} with strategy={strategy} within {patience_s:.0f} s; "
-            f"free in the cluster: {free}; lower threads, stages or parts, add nodes, or raise chunked.timeout_s"
+            f"no room for {num_ranks} ranks{each} of {bundles[0]} with strategy={strategy} within {patience_s:.0f} s "
+            f"({placement.reason}); free in the cluster: {free}; lower replicas, threads, stages or parts, add nodes, "
+            "or raise the timeout"
         )
+    logger.info("%d bundles with strategy %s: %s", len(bundles), strategy, placement.reason)
     return group
 
 
@@ -201,13 +239,17 @@ def open_ray(
     specs: Sequence[WorkerSpec],
     *,
     address: str | None = None,
-    strategy: Strategy = "PACK",
+    strategy: Strategy | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+    resources: Amounts | None = None,
     open_rank: str = OPEN_RANK,
 ) -> Iterator[RayBackend]:
     """Start one actor per rank; they have ended when the context is left, and so has Ray if it was started here.
 
-    Ranks on other nodes find the run's files under the same paths. `strategy` is the placement group's, `open_rank` as
-    in `open_processes`. ValueError where the cluster has no room within `chunked.timeout_s`.
+    Ranks on other nodes find the run's files under the same paths. `groups` are ranks that belong together, the
+    layout's replicas unless told, and `resources` what each group needs besides CPUs and GPUs; see `placement`. With a
+    `strategy` ranks are placed one by one. `open_rank` is as in `open_processes`. ValueError where the cluster has no
+    room within the ranks' timeout.
     """
     specs = [_absolute(spec) for spec in specs]
     with ExitStack() as stack:
@@ -215,7 +257,8 @@ def open_ray(
             _connect(specs, address)
             stack.callback(ray.shutdown)
         gpus = _gpus_per_rank(specs)
-        group = _reserve(specs, gpus, strategy)
+        placement = _place(specs, gpus, groups, resources, strategy)
+        group = _reserve(placement, len(specs), specs[0].timeout_s)
         stack.callback(remove_placement_group, group)
         decorate: Any = ray.remote(concurrency_groups={HEARTBEATS: 1})  # type: ignore[call-overload]  # Ray's types lack it
         actor_class = decorate(RankActor)
@@ -227,7 +270,9 @@ def open_ray(
                 num_cpus=spec.threads,
                 num_gpus=gpus,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=placement.bundle_of_rank[spec.rank]
+                ),
             ).remote(spec, path)
             for spec in specs
         ]

@@ -107,6 +107,24 @@ def test_the_error_of_one_rank_is_raised_as_it_is(small_ranks: Any, tmp_path: Pa
     assert not open_groups()
 
 
+def test_a_replica_stays_on_a_node_and_replicas_are_spread(small_ranks: Any, tmp_path: Path) -> None:
+    with open_ray(small_ranks.small_specs(tmp_path, replicas=2), open_rank=SMALL) as backend:
+        assert backend.nodes[0] == backend.nodes[1] != backend.nodes[2] == backend.nodes[3]
+        (bundles,) = [g["bundles"] for g in placement_group_table().values() if g["state"] == "CREATED"]
+        assert list(bundles.values()) == [{"CPU": 2.0}] * 2
+        payload = 5 * 5 * 4 * 3 * sum(rows * columns for rows, columns in small_ranks.SIZES)
+        assert backend.call("run", [("crossfire",)] * 4) == [(payload, [])] * 4
+    assert all_go(backend.pids) and not open_groups()
+
+
+def test_a_resource_that_no_node_has_is_told(small_ranks: Any, tmp_path: Path) -> None:
+    specs = small_ranks.small_specs(tmp_path, replicas=2, timeout_s=0.5)
+    with pytest.raises(ValueError, match=r"no room for 4 ranks .*'ssd': 0.5.*do not fit the cluster's nodes"):
+        with open_ray(specs, resources={"ssd": 1}, open_rank=SMALL):
+            pytest.fail("it opened")
+    assert not open_groups()
+
+
 def test_a_cluster_without_room_is_told(small_ranks: Any, tmp_path: Path) -> None:
     specs = small_ranks.small_specs(tmp_path, stages=3, threads=2, timeout_s=0.5)
     with pytest.raises(ValueError, match=r"no room for 3 ranks of \{'CPU': 2.0\} with strategy=PACK within"):

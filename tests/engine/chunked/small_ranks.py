@@ -28,10 +28,10 @@ LARGE = (1300, 1024)  # float32: 5 MiB
 
 
 def small_specs(
-    scratch: Path, stages: int = 2, parts: int = 1, timeout_s: float = 60.0, **options: Any
+    scratch: Path, stages: int = 2, parts: int = 1, timeout_s: float = 60.0, replicas: int = 1, **options: Any
 ) -> list[RankSpec]:
     """Specs of ranks that read nothing but `scratch`."""
-    layout, nowhere = Layout(stages, parts), scratch / "nothing"
+    layout, nowhere = Layout(stages, parts, replicas), scratch / "nothing"
     return [
         RankSpec(
             rank=rank,
