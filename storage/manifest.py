@@ -93,9 +93,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path, format: str, versions: tuple[int, ...] = (1,)) -> Manifest:
-    """Read and check a manifest, strictly: format, version, keys, and that no file name leaves the folder."""
+    """Read and check the manifest of a folder, strictly; see `parse_manifest`."""
     path = folder / MANIFEST
-    value = read_json(path)
+    return parse_manifest(read_json(path), str(path), format, versions)
+
+
+def parse_manifest(value: Any, path: str, format: str, versions: tuple[int, ...] = (1,)) -> Manifest:
+    """Check the JSON of a manifest: format, version, keys, and that no file name leaves the folder.
+
+    `path` is what messages call it.
+    """
     if not isinstance(value, dict) or value.get("format") != format:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise FormatError(f"{path} has format {found!r}, wanted {format!r}; point to the right folder")

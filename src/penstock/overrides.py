@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from penstock.storage.remote.uris import redacted
+
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested mappings into one with dotted keys."""
@@ -65,4 +67,4 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")
         else:
             lines.append(f"{dotted or 'configuration'}={problem['input']!r}: {problem['msg']}")
-    return "; ".join(lines)
+    return redacted("; ".join(lines))

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from penstock.storage.remote.uris import check_uri
 
 DEFAULT_STAGE_DIR = Path.home() / ".cache" / "penstock"
 
@@ -20,6 +22,11 @@ class RemoteConfig(BaseModel):
     run_dir: str | None = None
     stage_dir: Path | None = None
 
+    @field_validator("dataset", "run_dir")
+    @classmethod
+    def _check(cls, value: str | None) -> str | None:
+        return None if value is None else check_uri(value)
+
 
 def is_uri(location: object) -> bool:
     """Whether a location is a URI and not a path."""
@@ -28,6 +35,6 @@ def is_uri(location: object) -> bool:
 
 def local_copy(uri: str, kind: str, stage_dir: Path | None) -> Path:
     """Where the local copy of a URI lies: the same for every process of a host."""
-    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    name = uri.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1]  # credentials are refused, but elsewhere
     digest = xxhash.xxh3_64_hexdigest(uri.rstrip("/").encode())
     return (stage_dir or DEFAULT_STAGE_DIR) / kind / f"{name}-{digest}"
