@@ -58,21 +58,13 @@ def sum_over(transport: Transport, num_ranks: int, vector: Tensor, present: Sequ
 
     Every rank calls it, with the same `present`; what an absent rank brings is ignored.
     """
+    assert any(present), "a step without any item"
+    if num_ranks == 2:  # as many bytes, in one round instead of two
+        vector.copy_(_exchange(transport, [vector, vector], present))
+        return
     own, others = transport.rank, [rank for rank in range(num_ranks) if rank != transport.rank]
     shards = vector.tensor_split(num_ranks)
-    for rank in others:
-        if present[rank]:
-            transport.expect(rank, "reduce", shards[own].shape, vector.dtype)
-    if present[own]:
-        for rank in others:
-            # copied where the transport hands tensors over: what is sent must not change, and our vector will
-            transport.send(rank, "reduce", shards[rank].clone())
-    sums = PairwiseSum()
-    for rank in range(num_ranks):
-        if present[rank]:
-            sums.add(shards[own].clone() if rank == own else transport.receive(rank, "reduce").to(vector.device))
-    total = sums.total()
-    assert total is not None, "a step without any item"
+    total = _exchange(transport, shards, present)
     for rank in others:
         transport.expect(rank, "reduce", shards[rank].shape, vector.dtype)
     for rank in others:
@@ -80,3 +72,22 @@ def sum_over(transport: Transport, num_ranks: int, vector: Tensor, present: Sequ
     shards[own].copy_(total)
     for rank in others:
         shards[rank].copy_(transport.receive(rank, "reduce"))
+
+
+def _exchange(transport: Transport, pieces: Sequence[Tensor], present: Sequence[bool]) -> Tensor:
+    """Send every rank its piece, and sum what ranks have of ours, in their order; the sum is in fresh memory."""
+    own, others = transport.rank, [rank for rank in range(len(pieces)) if rank != transport.rank]
+    for rank in others:
+        if present[rank]:
+            transport.expect(rank, "reduce", pieces[own].shape, pieces[own].dtype)
+    if present[own]:
+        for rank in others:
+            # a copy: what is sent must not change, and the caller's vector will
+            transport.send(rank, "reduce", pieces[rank].clone())
+    sums = PairwiseSum()
+    for rank in range(len(pieces)):
+        if present[rank]:
+            sums.add(pieces[own].clone() if rank == own else transport.receive(rank, "reduce").to(pieces[own].device))
+    total = sums.total()
+    assert total is not None
+    return total

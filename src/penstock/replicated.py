@@ -1,4 +1,4 @@
-"""Sampled training on replicas: the driver's side. It owns the run folder, replicas own packs and scratch on their host.
+"""Sampled training on replicas: the driver, which owns the run folder; packs and scratch are on the replicas' hosts.
 
 Items are dealt to replicas (`storage.deal`) so that the losses, and where a share is a power of two the weights bit for
 bit, are those of one replica with the same `train.accumulate`. A checkpoint is the one that training in this process
