@@ -101,7 +101,8 @@ class ChunkedTrainer:
         self.train, self.chunked, self.layout = self.spec.train, self.spec.chunked, self.spec.layout
         if self.train.precision != "float32":
             raise ValueError(f"precision={self.train.precision} is not for full-graph training; use float32")
-        self._open_backend, self._checkpoints, self._metrics_path = open_backend, checkpoints, metrics
+        self._open_backend, self._metrics_path = open_backend, metrics
+        self._checkpoints = checkpoints.absolute()  # ranks may work in another folder
         self._evaluate = evaluate if self.train.evaluate_every else ()
         if self.train.patience is not None and "valid" not in self._evaluate:
             raise ValueError(
