@@ -64,7 +64,20 @@ class JsonFormatter(logging.Formatter):
 
 
 class _OwnHandler(logging.StreamHandler[TextIO]):
-    """The handler that `configure` puts in place, so that a second call replaces it."""
+    """The handler that `configure` puts in place, so that a second call replaces it.
+
+    Without a stream it writes to what is stderr at the time: a live view has its own, which keeps lines apart from it.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__(stream or sys.stderr)
+        self._follows = stream is None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        if self._follows:
+            self.stream = sys.stderr
+        super().emit(record)
 
 
 def log_format() -> LogFormat:
@@ -94,7 +107,7 @@ def configure(
     if level not in _LEVELS:
         raise ValueError(f"PENSTOCK_LOG={level!r} is no level; write one of {', '.join(_LEVELS)}")
     place = {"rank": rank, "stage": stage, "replica": replica, "host": host or platform.node()}
-    handler = _OwnHandler(stream or sys.stderr)
+    handler = _OwnHandler(stream)
     is_json = (format or log_format()) == "json"
     handler.setFormatter(JsonFormatter(place) if is_json else TextFormatter(place))
     logger = logging.getLogger("penstock")

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from penstock.engine.chunked.schedule import EpochPlan, plan_exact
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
 from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.validate import validate_plan
-from penstock.engine.metrics import Counts, Metrics, MetricsWriter
+from penstock.engine.metrics import Counts, Listener, Metrics, MetricsWriter
 from penstock.engine.optim import learning_rate
+from penstock.engine.spans import TRACE
 from penstock.engine.trainer import Stopped
 from penstock.storage.chunks import open_chunks
 from penstock.storage.graph import Split, open_graph
@@ -82,7 +83,8 @@ class ChunkedResult:
 class ChunkedTrainer:
     """Trains what `specs` describe, one per rank. `identity` has to be equal for a checkpoint to be continued.
 
-    `evaluate` are the splits scored every `train.evaluate_every` epochs; `valid` decides which epoch is best.
+    `evaluate` are the splits scored every `train.evaluate_every` epochs; `valid` decides which epoch is best. `record`
+    gets every record of `metrics`; `observe` every epoch's number, reports, and the time of day at which it began.
     """
 
     def __init__(
@@ -96,8 +98,12 @@ class ChunkedTrainer:
         identity: Mapping[str, Any] | None = None,
         stop_requested: threading.Event | None = None,
         progress: Progress = silent,
+        record: Listener | None = None,
+        observe: Callable[[int, Sequence[RankReport], float], object] | None = None,
     ) -> None:
         self.specs, self.spec = specs, specs[0]
+        self._listeners = () if record is None else (record,)
+        self._observe = observe
         self.train, self.chunked, self.layout = self.spec.train, self.spec.chunked, self.spec.layout
         if self.train.precision != "float32":
             raise ValueError(f"precision={self.train.precision} is not for full-graph training; use float32")
@@ -169,7 +175,9 @@ class ChunkedTrainer:
         """Start ranks, train to the end, and bring the weights together."""
         with (
             self._open_backend(self.specs) as self._backend,
-            MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics,
+            MetricsWriter(
+                self._metrics_path, keep_bytes=self.state.metrics_bytes, listeners=self._listeners
+            ) as self._metrics,
         ):
             self._start(found)
             while not self._finished:
@@ -226,10 +234,14 @@ class ChunkedTrainer:
         rates = tuple(
             learning_rate(self.train, epoch * updates + n, updates, self.train.epochs) for n in range(updates)
         )
-        began = time.perf_counter()
+        began, began_s = time.perf_counter(), time.time()
+        TRACE.at(epoch)
         self._board.reset()
         self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plans)])
         self._epoch_s.append(time.perf_counter() - began)
+        TRACE.add("epoch", f"epoch {epoch}", began, began + self._epoch_s[-1])
+        if self._observe is not None:
+            self._observe(epoch, self._reports, began_s)
         last = self.layout.stages - 1
         total = math.fsum(r.loss for r in self._reports if self.layout.stage_of(r.rank) == last)
         loss = total / (updates * self.layout.replicas)
@@ -310,7 +322,9 @@ class ChunkedTrainer:
             for layer, value in report.history_errors.items():
                 errors.setdefault(layer, []).append(value)
         self._errors = {layer: float(np.mean(values)) for layer, values in sorted(errors.items())}
-        self._times["exact"] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self._times["exact"] += ended - began
+        TRACE.add("evaluate", "exact pass", began, ended, splits=list(splits), keep=keep)
         return {split: counts.metrics() for split, counts in totals.items()}
 
     def _own_lists(self, plans: Sequence[EpochPlan]) -> list[EpochPlan]:
@@ -359,6 +373,7 @@ class ChunkedTrainer:
         self._saved = (epoch, time.monotonic())
         self._last_save_s = time.perf_counter() - began
         self._times["checkpoint"] += self._last_save_s
+        TRACE.add("checkpoint", "save", began, began + self._last_save_s, epoch=epoch)
 
 
 def is_worth_saving(since_s: float, save_s: float) -> bool:

@@ -19,6 +19,7 @@ from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
 from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
+from penstock.observation import Observation
 from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.schedule_plot import draw_schedule
@@ -38,7 +39,7 @@ def find_backend(config: RunConfig) -> OpenBackend:
     return partial(open_ray, address=cluster.address, resources=cluster.replica_resources)
 
 
-def _train(run: Run, prepared: PreparedRanks, resume: bool) -> ChunkedResult:
+def _train(run: Run, prepared: PreparedRanks, resume: bool, watch: Observation) -> ChunkedResult:
     config = run.config
     evaluate: tuple[Split, ...] = ("valid",) if run.evaluates else ()
     trainer = ChunkedTrainer(
@@ -50,6 +51,8 @@ def _train(run: Run, prepared: PreparedRanks, resume: bool) -> ChunkedResult:
         identity={"run": config.digest(), "graph": run.graph.fingerprint},
         stop_requested=run.stop_requested,
         progress=run.progress,
+        record=watch.record,
+        observe=lambda epoch, reports, began_s: watch.epoch(epoch, reports, prepared.layout, began_s),
     )
     return trainer.run(resume=resume)
 
@@ -87,12 +90,12 @@ def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]
     }
 
 
-def train_chunked(run: Run, resume: bool) -> dict[str, Any]:
+def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
     """Train `run` on the whole graph; returns the sections of `result.json`."""
     started = time.perf_counter()
     prepared = prepare_ranks(run)
     prepare_s = time.perf_counter() - started
-    trained = _train(run, prepared, resume)
+    trained = _train(run, prepared, resume, watch)
     train_s = time.perf_counter() - started - prepare_s
     model, meta, config = prepared.model, run.graph.meta, run.config
     model.load_state_dict(trained.weights)

@@ -2,38 +2,21 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.table import Table
 
+from penstock.live import LiveView, RankShares, Rates, find_straggler, format_amount, format_numbers
 from penstock.storage import logs
-from penstock.storage.budget import format_bytes
 from penstock.storage.progress import Progress as ProgressCallback
 from penstock.storage.progress import silent
 
 _LINE_EVERY_S = 5.0
-
-
-def _amount(value: float, unit: str) -> str:
-    return format_bytes(value) if unit == "bytes" else f"{value:,.0f} {unit}"
-
-
-def _numbers(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
-
-
-class _Rates:
-    """Remembers when each stage began, to print its rate."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, int]] = {}
-
-    def rate(self, stage: str, done: int) -> float:
-        begun, first = self._begun.setdefault(stage, (time.monotonic(), done))
-        return (done - first) / max(time.monotonic() - begun, 1e-3)
+_REFRESHES = 4  # per second
 
 
 class _Lines:
@@ -41,34 +24,36 @@ class _Lines:
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}
-        self._rates = _Rates()
+        self._rates, self._shares = Rates(), RankShares()
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         rate, now = self._rates.rate(stage, done), time.monotonic()
         if done < total and now - self._shown.get(stage, 0.0) < _LINE_EVERY_S:
             return
         self._shown[stage] = now
-        speed = f", {_amount(rate, unit)}/s" if rate else ""
-        shares = f"{_amount(done, unit)} of {_amount(total, unit)}{speed}"
-        text = f"{stage}: {shares}  {_numbers(numbers)}".rstrip()
+        speed = f", {format_amount(rate, unit)}/s" if rate else ""
+        shares = f"{format_amount(done, unit)} of {format_amount(total, unit)}{speed}"
+        text = f"{stage}: {shares}  {format_numbers(numbers)}".rstrip()
         if logs.writes_json():
             shown = {"stage": stage, "done": done, "total": total, "unit": unit, **numbers}
             logs.emit("penstock.progress", text, progress=shown)
         else:
             print(text, file=sys.stderr, flush=True)
 
-
-class _Bars:
-    """One bar per stage."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars, self._tasks, self._rates = bars, dict[str, object](), _Rates()
-
-    def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, text="")
-        text = f"{_amount(done, unit)}  {_amount(self._rates.rate(stage, done), unit)}/s  {_numbers(numbers)}"
-        self._bars.update(self._tasks[stage], completed=done, total=total, text=text)  # type: ignore[arg-type]
+    def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Name the rank that the others wait for, if there is one."""
+        now = time.monotonic()
+        if now - self._shown.get("ranks", 0.0) < _LINE_EVERY_S:
+            return
+        self._shown["ranks"] = now
+        shares = self._shares.take(entries)
+        if (rank := find_straggler(shares)) is None:
+            return
+        text = f"ranks: the others wait for rank {rank}, which waits {shares[rank]['reduce']:.0%} of its time for them"
+        if logs.writes_json():
+            logs.emit("penstock.progress", text, progress={"stage": "ranks", "straggler": rank})
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -76,13 +61,12 @@ def progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
     """Yield what long steps report to."""
     if quiet:
         yield silent
-    elif not sys.stderr.isatty():
+    elif logs.writes_json() or not sys.stderr.isatty():
         yield _Lines()
     else:
-        columns = (TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"))
-        console = Console(stderr=True)
-        with Progress(*columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console) as bars:
-            yield _Bars(bars)
+        view = LiveView()
+        with Live(view, console=Console(stderr=True), refresh_per_second=_REFRESHES):
+            yield view
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -16,8 +16,10 @@ from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
+from penstock.engine.spans import TRACE
 from penstock.engine.trainer import Stopped, Trainer, TrainResult
 from penstock.feeds import TrainFeed, open_train_feed
+from penstock.observation import Observation, observed
 from penstock.prepare import Prepared, prepare
 from penstock.replicated_training import train_replicated
 from penstock.report import draw_curves, write_result
@@ -39,6 +41,10 @@ class Evaluation:
 
     def __call__(self, model: nn.Module, splits: tuple[Split, ...]) -> dict[str, Metrics]:
         """Metrics by split."""
+        with TRACE.during("evaluate", " ".join(splits)):
+            return self._score(model, splits)
+
+    def _score(self, model: nn.Module, splits: tuple[Split, ...]) -> dict[str, Metrics]:
         run = self._run
         if run.config.evaluate.mode == "sampled":
             return {split: self._sampled(model, split) for split in splits}
@@ -68,7 +74,9 @@ class Evaluation:
             return evaluate_feed(model, feed, run.graph.meta.num_classes)
 
 
-def _run_trainer(run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, resume: bool) -> TrainResult:
+def _run_trainer(
+    run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, resume: bool, watch: Observation
+) -> TrainResult:
     trainer = Trainer(
         model,
         run.config.train,
@@ -79,6 +87,7 @@ def _run_trainer(run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Mo
         identity={"run": run.config.digest(), "graph": run.graph.fingerprint},
         stop_requested=run.stop_requested,
         progress=lambda *place, **numbers: run.progress(*place, **numbers, **feed.numbers()),
+        record=watch.record,
     )
     return trainer.run(feed.open, resume=resume)
 
@@ -117,9 +126,10 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
     }
 
 
-def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
+def _job(run: Run, resume: bool, result_json: Path | None, watch: Observation) -> dict[str, Any]:
     if run.config.mode == "chunked" or run.config.has_replicas:
-        sections = (train_chunked if run.config.mode == "chunked" else train_replicated)(run, resume)
+        chunked = run.config.mode == "chunked"
+        sections = train_chunked(run, resume, watch) if chunked else train_replicated(run, resume)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
     in_memory = run.config.feed == "memory"
@@ -127,7 +137,7 @@ def _job(run: Run, resume: bool, result_json: Path | None) -> dict[str, Any]:
     evaluation, model = Evaluation(run, packs), make_model(run)
     feed = open_train_feed(run, packs.get("train"))
     prepare_s = time.perf_counter() - started
-    trained = _run_trainer(run, feed, evaluation, model, resume)
+    trained = _run_trainer(run, feed, evaluation, model, resume, watch)
     train_s = time.perf_counter() - started - prepare_s
     final = evaluation(model, run.splits_with_nodes) if run.evaluates else {}
     meta, config = run.graph.meta, run.config
@@ -206,8 +216,9 @@ def train(
     with open_run(config, force=force, progress=progress, stop_requested=stop_requested) as run:
         if resume and (done := _finished(run, result_json)) is not None:
             return done
-        try:
-            return _job(run, resume, result_json)
-        except Exception as error:
-            _report_failure(run, error, result_json)
-            raise
+        with observed(config, progress) as watch:
+            try:
+                return _job(run, resume, result_json, watch)
+            except Exception as error:
+                _report_failure(run, error, result_json)
+                raise

@@ -1,0 +1,94 @@
+"""All that watches a run, as one object: trackers, Ray's metrics, the live view, the timeline.
+
+The driver of a run opens it and hands its methods to whatever trains; `record` and `epoch` return at once, and neither
+they nor what is behind them change what is computed.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from penstock.config import RunConfig
+from penstock.engine.chunked.layout import Layout
+from penstock.engine.chunked.spec import RankReport
+from penstock.engine.spans import TRACE, SpanLog
+from penstock.overrides import flatten
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.progress import Progress
+from penstock.timeline import Timeline
+from penstock.tracking.tracker import Trackers, open_trackers
+
+logger = logging.getLogger(__name__)
+
+_KEPT = ("config.yaml", "result.json", "metrics.jsonl", "timeline.json")
+
+
+class Observation:
+    """See the module; made by `observed`."""
+
+    def __init__(self, config: RunConfig, trackers: Trackers, show: Progress) -> None:
+        self.timeline = Timeline()
+        self._steps, self._trackers = config.track.trace_steps, trackers
+        self._show_ranks = getattr(show, "ranks", None)
+        self._on_ray, self._run = config.cluster.address is not None, config.run_dir.absolute().name
+        self._metrics: Any = None
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Take a record of `metrics.jsonl`."""
+        self._trackers.observe(record)
+        self._observe_on_ray(record)
+
+    def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Take what every rank did so far; for the keys see `cluster.metrics`."""
+        if self._show_ranks is not None:
+            self._show_ranks(entries)
+        self._observe_on_ray({"ranks": entries})
+
+    def _observe_on_ray(self, record: Mapping[str, Any]) -> None:
+        if not self._on_ray:
+            return
+        if self._metrics is None:  # not before: Ray is initialised where ranks are opened
+            from penstock.cluster.metrics import RayMetrics
+
+            self._metrics = RayMetrics(self._run)
+        self._metrics.observe(record)
+
+    def epoch(self, epoch: int, reports: Sequence[RankReport], layout: Layout, began_s: float) -> None:
+        """Take an epoch of full-graph training for the timeline, if it is of the steps that are asked for."""
+        if self._steps is not None and self._steps[0] <= epoch < self._steps[1]:
+            self.timeline.add_epoch(epoch, reports, layout, began_s)
+
+    def spans(self, rank: int, log: SpanLog, *, offset_s: float = 0.0) -> None:
+        """Take what another process recorded."""
+        self.timeline.add(rank, log, offset_s=offset_s)
+
+
+@contextmanager
+def observed(config: RunConfig, show: Progress) -> Iterator[Observation]:
+    """Watch a run until it ends, however it does; `timeline.json` is written and artefacts are sent at the end.
+
+    MissingDependency, at once, where a tracker's library is not installed.
+    """
+    run_dir = config.run_dir
+    with open_trackers(config.track.trackers, run_dir, flatten(config.model_dump(mode="json"))) as trackers:
+        found = Observation(config, trackers, show)
+        TRACE.watch(config.track.trace_steps)
+        try:
+            yield found
+        finally:
+            log = TRACE.export()
+            TRACE.watch(None)
+            if log.spans:
+                found.timeline.add(None, log)
+            if len(found.timeline):
+                _write(found.timeline, run_dir / "timeline.json")
+            trackers.artefacts([run_dir / name for name in _KEPT])
+
+
+def _write(timeline: Timeline, path: Path) -> None:
+    try:
+        timeline.write(path)
+    except (DoesNotFit, OSError) as error:  # a picture of the run must not hide how it ended
+        logger.warning("%s could not be written: %s", path, error)

@@ -1,0 +1,153 @@
+"""The timeline as Perfetto reads it, the live view as a terminal shows it."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from penstock.config import load_config
+from penstock.engine.spans import SpanLog, Spans
+from penstock.live import LiveView, RankShares, find_straggler
+from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.timeline import Timeline, clock_offset
+from penstock.training import train
+
+
+def events(value: dict[str, Any]) -> list[dict[str, Any]]:
+    return [event for event in value["traceEvents"] if event["ph"] == "X"]
+
+
+def names(value: dict[str, Any], kind: str) -> dict[tuple[int, int], str]:
+    found = [event for event in value["traceEvents"] if event["ph"] == "M" and event["name"] == kind]
+    return {(event["pid"], event["tid"]): event["args"]["name"] for event in found}
+
+
+def test_spans_are_kept_within_steps_and_bounds() -> None:
+    spans = Spans()
+    spans.at(0)
+    spans.add("compute", "never", 0.0, 1.0)
+    assert spans.export().spans == ()
+    spans.watch((2, 4), limit=2)
+    for step in range(6):
+        spans.at(step)
+        with spans.during("compute", f"item {step}", step=step):
+            pass
+    kept = spans.export()
+    assert [name for _, _, name, *_ in kept.spans] == ["item 2", "item 3"] and kept.dropped == 0
+    spans.at(3)
+    spans.add("compute", "too many", 0.0, 1.0)
+    assert spans.export().dropped == 1
+    began = time.time()
+    with pytest.raises(ValueError, match="x"), spans.during("compute", "raises"):
+        raise ValueError("x")
+    _, thread, _, start, stop, _ = kept.spans[0]
+    assert thread == threading.get_ident() and stop >= start
+    assert abs(kept.origin_s + stop - began) < 60
+
+
+def test_hosts_are_brought_to_one_clock(tmp_path: Path) -> None:
+    assert clock_offset(100.0, 950.5, 101.0) == -850.0
+    one, other = threading.get_ident(), 7
+    near = SpanLog(
+        host="near",
+        pid=11,
+        origin_s=1000.0,
+        dropped=0,
+        spans=(("stall", one, "item 0", 1.0, 1.5, {}), ("compute", one, "item 0", 1.5, 2.0, {"item": 0})),
+    )
+    far = SpanLog(host="far", pid=22, origin_s=1850.0, dropped=3, spans=(("compute", other, "item 0", 1.25, 1.75, {}),))
+    timeline = Timeline()
+    timeline.add(1, far, offset_s=-850.0)
+    timeline.add(0, near)
+    timeline.write(tmp_path / "timeline.json")
+    value = json.loads((tmp_path / "timeline.json").read_text())
+    titles = names(value, "process_name")
+    assert titles == {(1, 0): "rank 0 on near, process 11", (2, 0): "rank 1 on far, process 22"}
+    lanes = names(value, "thread_name")
+    shown = [(event["pid"], lanes[event["pid"], event["tid"]], event["ts"], event["dur"]) for event in events(value)]
+    assert shown == [(1, "stall", 0.0, 5e5), (2, "compute", 2.5e5, 5e5), (1, "compute", 5e5, 5e5)]
+    assert value["otherData"] == {"began_s": 1001.0, "dropped_spans": 3}
+
+
+def test_a_chunked_run_writes_the_epochs_that_are_asked_for(tmp_path: Path) -> None:
+    graph, run = tmp_path / "graph", tmp_path / "run"
+    generate_graph(graph, GenerateConfig(num_nodes=600, num_features=8, train=0.3, valid=0.1), host_memory=64 << 20)
+    flags = {
+        "dataset": str(graph),
+        "run_dir": str(run),
+        "mode": "chunked",
+        "chunked.chunks": 4,
+        "chunked.stages": 2,
+        "model.num_layers": 3,
+        "model.hidden": 8,
+        "train.epochs": 5,
+        "train.threads": 1,
+        "track.trace_steps": (2, 4),
+    }
+    train(load_config(None, (), flags))
+    value = json.loads((run / "timeline.json").read_text())
+    assert names(value, "process_name") == {
+        (1, 0): "rank 0 (part 0, stage 0)",
+        (2, 0): "rank 1 (part 0, stage 1)",
+        (0, 0): names(value, "process_name")[0, 0],
+    }
+    assert names(value, "process_name")[0, 0].startswith("driver on ")
+    found = events(value)
+    assert [event["ts"] for event in found] == sorted(event["ts"] for event in found)
+    assert all(event["dur"] >= 0 for event in found)
+    epochs = [event for event in found if event["cat"] == "epoch"]
+    assert [event["name"] for event in epochs] == ["epoch 2", "epoch 3"]
+    assert len([event for event in found if event["cat"] == "evaluate"]) == 2
+    for rank in (0, 1):
+        own = [event for event in found if event["pid"] == rank + 1]
+        assert {event["args"]["epoch"] for event in own} == {2, 3}
+        for kind in ("forward", "backward"):
+            chunks = [e["args"]["chunk"] for e in own if e["name"] == kind and e["args"]["epoch"] == 2]
+            assert sorted(chunks) == [0, 1, 2, 3]
+        ends = [event["ts"] + event["dur"] for event in own]
+        assert all(after["ts"] >= end - 0.01 for end, after in zip(ends, own[1:], strict=False))
+        assert all(epochs[0]["ts"] - 1e5 < event["ts"] for event in own)
+
+
+ENTRIES = [
+    {"rank": 0, "host": "a", "step": 1200, "items_per_s": 5.25, "busy_s": 6.0, "stalls": {"feed": 1.0, "reduce": 3.0}},
+    {"rank": 1, "host": "b", "step": 1200, "busy_s": 9.5, "stalls": {"reduce": 0.5}, "hit_rates": {"pack": 0.25}},
+]
+
+
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    shares = RankShares()
+    first = shares.take(ENTRIES)
+    assert first[0] == pytest.approx({"busy": 0.6, "stall": 0.1, "reduce": 0.3}) and find_straggler(first) == 1
+    later = [
+        {"rank": 0, "busy_s": 7.0, "stalls": {"feed": 1.0, "reduce": 3.0}},
+        {"rank": 1, "busy_s": 1.0, "stalls": {"reduce": 1.0}},  # it began anew
+    ]
+    assert shares.take(later) == {
+        0: pytest.approx({"busy": 1.0, "stall": 0.0, "reduce": 0.0}),
+        1: pytest.approx({"busy": 0.5, "stall": 0.0, "reduce": 0.5}),
+    }
+    even = {rank: {"busy": 0.5, "stall": 0.0, "reduce": 0.5} for rank in range(3)}
+    assert find_straggler(even) is None and find_straggler({0: even[0]}) is None
+
+
+def test_a_terminal_shows_bars_and_ranks() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
+    view = LiveView()
+    view("train", 30, 120, "items", loss=1.25)
+    console.print(view)
+    assert "rank" not in console.export_text(clear=True)
+    view.ranks(ENTRIES)
+    console.print(view)
+    text = console.export_text()
+    (bar,) = [line for line in text.splitlines() if line.startswith("train")]
+    assert "25%" in bar and "30 items" in bar and "loss 1.25" in bar
+    heading, first, second = [line.split() for line in text.splitlines() if not line.startswith("train")][:3]
+    assert heading == ["rank", "host", "step", "items/s", "stall", "reduce", "hits"]
+    assert first == ["0", "a", "1,200", "5.25", "10%", "30%"]
+    assert second == ["1", "b", "1,200", "0%", "5%", "75%", "straggler"]
