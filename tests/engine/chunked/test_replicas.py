@@ -275,9 +275,11 @@ def test_the_death_of_a_replica_ends_all_and_a_rerun_ends_the_same(
             yield Dying(backend)
 
     here = Path(folder.name)
-    paths = {"checkpoints": here / "checkpoints", "metrics": here / "metrics.jsonl"}
+    trainer = ChunkedTrainer(
+        case.specs(), open_dying, checkpoints=here / "checkpoints", metrics=here / "metrics.jsonl", evaluate=()
+    )
     with pytest.raises(RankFailed, match="stopped after action"):
-        ChunkedTrainer(case.specs(), open_dying, **paths, evaluate=()).run()
+        trainer.run()
     found = case.run(folder=folder)
     assert found.resumed_from == 2 and case.equal(found, whole)
 
