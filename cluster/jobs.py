@@ -18,16 +18,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_REQUEST_S = 10.0  # for one answer of the dashboard, and for a connection
+_CONNECT_S = 8.0  # for a connection, and for the first answers
+_REQUEST_S = 60.0  # for an answer: a busy dashboard takes many seconds to start a job
 _LOST_S = 60.0  # for how long the dashboard may be silent before the cluster counts as lost
 _CHECK_S = 3.0  # between looks at a job that logs nothing
-_UNREACHABLE = (requests.RequestException, OSError)
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -62,7 +63,11 @@ class _Client(JobSubmissionClient):
     """Ray's client, with an end to every request: its own waits forever for a cluster that went away silently."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S, **options})  # type: ignore[no-any-return]
+        timeout = (_CONNECT_S, _CONNECT_S if endpoint == "/api/version" else _REQUEST_S)
+        try:
+            return super()._do_request(method, endpoint, timeout=timeout, **options)
+        except requests.RequestException as error:
+            raise ConnectionError(f"the dashboard at {self.get_address()} does not answer: {error}") from error
 
 
 class Jobs:
@@ -128,7 +133,7 @@ class Jobs:
             try:
                 await self._tail(job_id, log)
                 job = await asyncio.to_thread(self.find, job_id)
-            except (*_UNREACHABLE, RuntimeError, EOFError) as error:
+            except (OSError, ClientError, RuntimeError) as error:
                 silent_s = time.monotonic() - heard_at
                 if silent_s > _LOST_S:
                     raise ConnectionError(
@@ -146,7 +151,7 @@ class Jobs:
     async def _finish(self, job_id: str, log: "_Log") -> None:
         """Hand on the last lines: Ray's stream may end with the job and before them."""
         log.rewind()
-        with suppress(*_UNREACHABLE, RuntimeError):
+        with suppress(OSError, RuntimeError):
             log.add(await asyncio.to_thread(self._client.get_job_logs, job_id))
 
     async def _tail(self, job_id: str, log: "_Log") -> None:
@@ -204,14 +209,14 @@ def open_jobs(address: str | None = None) -> Jobs:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)  # they set INFO for themselves, and tell of every upload
     try:
-        socket.create_connection((parts.hostname, port), timeout=_REQUEST_S).close()
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_S).close()
         return Jobs(_Client(address, headers=_token_header()), address)
     except AuthenticationError as error:
         raise ValueError(
             f"the cluster at {address} refuses this token: {' '.join(str(error).split())[:200]}; copy the cluster's "
             "token to ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
-    except (*_UNREACHABLE, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(
             f"no Ray dashboard answers at {address} ({error}); start a cluster with `ray start --head`, or give "
             "--address http://HOST:8265 of one (for KubeRay: kubectl port-forward service/NAME-head-svc 8265)"
@@ -219,7 +224,7 @@ def open_jobs(address: str | None = None) -> Jobs:
 
 
 def _token_header() -> dict[str, str]:
-    """The token of ~/.ray/auth_token where RAY_AUTH_MODE is not set: `ray start` uses it then, Ray's client does not."""
+    """The token in the home folder where RAY_AUTH_MODE is not set: `ray start` takes it then, Ray's client does not."""
     path = Path.home() / ".ray" / "auth_token"
     if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or not path.is_file():
         return {}

@@ -20,6 +20,7 @@ from penstock.exit_codes import INTERNAL, INTERRUPTED, OK, RETRY
 from penstock.kubernetes import cautions, render
 from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.portable import portable_config, spans_ray
+from penstock.report import copy_result
 from penstock.storage.errors import MissingDependency
 from penstock.storage.manifest import write_json
 from penstock.storage.redaction import redact_text
@@ -44,7 +45,7 @@ class Submitted:
     result: str
 
 
-def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: Path | None, quiet: bool) -> int:
+def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: Path | str | None, quiet: bool) -> int:
     """`penstock submit`; returns the exit code of the run."""
     value = portable_config(config)
     if spans_ray(config) and config.cluster.address is None:
@@ -60,7 +61,12 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: 
         if not quiet:
             print(text, end="", flush=True, file=sys.stderr if options.json else sys.stdout)
 
-    submitted = _submit(open_jobs(options.address), value, wait=options.wait, force=force, say=say)
+    jobs = open_jobs(options.address)
+    try:
+        submitted = _submit(jobs, value, wait=options.wait, force=force, say=say)
+    except ConnectionError as error:  # what became of the run, the same command will find out
+        print(f"penstock: {redact_text(str(error))}; run the same command again", file=sys.stderr)
+        return RETRY
     if copy is not None and options.wait:
         _copy_result(submitted, copy)
     if options.json:
@@ -139,9 +145,6 @@ def _follow(jobs: "Jobs", job: "Job", result: str, say: Say) -> tuple[str, int]:
     except KeyboardInterrupt:
         print(f"penstock: the job goes on; to stop it: {_stop_command(jobs, job)}", file=sys.stderr)
         return "RUNNING", INTERRUPTED
-    except ConnectionError as error:  # what became of the run, the same command will find out
-        print(f"penstock: {redact_text(str(error))}", file=sys.stderr)
-        return "UNKNOWN", RETRY
     if job.exit_code is None and not job.succeeded and job.message:
         print(f"penstock: {redact_text(job.message.splitlines()[-1])}", file=sys.stderr)
     return job.status, job_exit_code(job, result)
@@ -176,15 +179,17 @@ def _finished_at(result: dict[str, Any]) -> float:
         return 0.0
 
 
-def _copy_result(submitted: Submitted, path: Path) -> None:
-    """Copy `result.json` to this machine; ValueError where a run that went well has none to be read from here."""
+def _copy_result(submitted: Submitted, copy: Path | str) -> None:
+    """Copy `result.json`, with how it was submitted; ValueError where a run that went well has none to be read here."""
     value = _read_result(submitted.result)
     if value is None:
         if submitted.exit_code == OK:
             raise ValueError(f"{submitted.result} cannot be read from here; give --run-dir a URI that can")
         value = {"status": "failed", "error": {"exit_code": submitted.exit_code}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value | {"submission": asdict(submitted)})
+    with tempfile.TemporaryDirectory(prefix="penstock-submit-") as folder:
+        path = Path(folder) / "result.json"
+        write_json(path, value | {"submission": asdict(submitted)})
+        copy_result(path, copy)
 
 
 def _stop_command(jobs: "Jobs", job: "Job") -> str:

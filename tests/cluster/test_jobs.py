@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from penstock.cluster import jobs as jobs_module
+from penstock.cluster.jobs import Jobs, open_jobs
+from penstock.storage.graph import GraphStore
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client, of aiohttp
+    pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),  # as Ray leaves a log that it lost
+]
+
+ARGUMENTS = ("--epochs=1", "--batch-size=64", "--fanouts=3,3", "--disk=1GiB", "--threads=1")
+
+
+class Cluster:
+    """Ray on this machine, started as a user would, ended by ending its own processes and no others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = f"http://127.0.0.1:{_free_port()}"
+        scripts = Path(sys.executable).parent
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{scripts}:{os.environ['PATH']}"}
+        environment.pop("RAY_ADDRESS", None)
+        if not (Path.home() / ".ray" / "auth_token").exists():
+            subprocess.run([scripts / "ray", "get-auth-token", "--generate"], check=True, capture_output=True)
+        options = {"port": _free_port(), "dashboard-port": self.address.rsplit(":", 1)[1], "num-cpus": 2}
+        # ray start --block ends with what it started
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [scripts / "ray", "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+                + [f"--temp-dir={folder}", *(f"--{name}={value}" for name, value in options.items())],
+                env=environment,
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def connect(self) -> Jobs:
+        ends = time.monotonic() + 60
+        while True:
+            try:
+                return open_jobs(self.address)
+            except ValueError:
+                assert time.monotonic() < ends and self.process.poll() is None
+                time.sleep(0.2)
+
+    def dashboard(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if any("dashboard.py" in part for part in child.cmdline()))
+
+    def stop(self) -> None:
+        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=20)
+        self.process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Ray's sockets lie below its folder, and their paths may not be long
+    folder = Path(f"/tmp/penstock-jobs-{os.getpid()}")
+    folder.mkdir()
+    found = Cluster(folder)
+    try:
+        found.connect()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def jobs(cluster: Cluster) -> Jobs:
+    return cluster.connect()
+
+
+def submit(cluster: Cluster, *arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "penstock", "submit", *arguments, f"--address={cluster.address}"],
+        env={**os.environ, "PYTHONSAFEPATH": "1", "MY_API_TOKEN": "hunter2-hunter2"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_follows_a_job_to_its_end_and_tells_its_exit_code(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "given.yaml").write_text("of the job\n")
+    command = (
+        "ls -A; cat given.yaml; echo SAFE=$PYTHONSAFEPATH; for i in 1 2 3; do echo line $i; sleep 0.3; done; exit 4"
+    )
+    assert jobs.submit("a", command, tmp_path)
+    lines = list[str]()
+    job = jobs.follow("a", lines.append)
+    text = "".join(lines)
+    assert (job.status, job.exit_code) == ("FAILED", 4)
+    assert text.endswith("given.yaml\nof the job\nSAFE=1\nline 1\nline 2\nline 3\n")
+    again = list[str]()
+    assert jobs.follow("a", again.append).exit_code == 4
+    assert "".join(again) == text
+
+
+def test_an_id_is_taken_once_and_attempts_are_in_order(jobs: Jobs, tmp_path: Path) -> None:
+    for name in ("b-r10", "b", "bb", "b-r2"):
+        assert jobs.submit(name, "true", tmp_path)
+    assert not jobs.submit("b-r2", "true", tmp_path)
+    assert [job.id for job in jobs.attempts("b")] == ["b", "b-r2", "b-r10"]
+
+
+def test_a_killed_driver_has_a_shells_exit_code(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.submit("killed", "kill -9 $$", tmp_path)
+    assert jobs.follow("killed", lambda _: None).exit_code == 137
+
+
+def test_a_silent_cluster_is_an_error_and_not_a_hang(
+    cluster: Cluster, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.submit("silent", "echo begun; sleep 600", tmp_path)
+    for name, value in {"_REQUEST_S": 1.0, "_LOST_S": 1.0, "_CHECK_S": 0.2}.items():
+        monkeypatch.setattr(jobs_module, name, value)
+    dashboard, said = cluster.dashboard(), list[str]()
+
+    def freeze(text: str) -> None:
+        said.append(text)
+        if "begun" in text:
+            dashboard.send_signal(signal.SIGSTOP)
+
+    try:
+        with pytest.raises(ConnectionError, match="submit the same"):
+            jobs.follow("silent", freeze)
+    finally:
+        dashboard.send_signal(signal.SIGCONT)
+    assert "begun\n" in "".join(said)
+    cluster.connect()._client.stop_job("silent")
+
+
+def test_another_token_is_refused_by_name(
+    cluster: Cluster, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ValueError, match="refuses this token.*auth_token"):
+        open_jobs(cluster.address)
+
+
+@pytest.mark.slow
+def test_submitting_twice_trains_once(cluster: Cluster, tiny_graph: GraphStore, tmp_path: Path) -> None:
+    # the run folder is relative here, and elsewhere on the cluster
+    arguments = (str(tiny_graph.path), "--run-dir=runs/a", "--host-memory=64MiB", *ARGUMENTS)
+    first = submit(cluster, *arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "submitted" in first.stdout and "test accuracy" in first.stdout
+    assert "hunter2" not in first.stdout + first.stderr
+    result = tmp_path / "runs" / "a" / "result.json"
+    before = result.read_bytes()
+    second = submit(cluster, *arguments, "--result-json=out/copy.json", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert f"already done; the result is in {result}" in second.stdout
+    assert result.read_bytes() == before
+    copy = json.loads((tmp_path / "out" / "copy.json").read_text())
+    assert copy["metrics"] == json.loads(before)["metrics"] and copy["submission"]["already_done"]
+
+
+@pytest.mark.slow
+def test_a_failed_run_has_its_own_exit_code_and_is_submitted_again(
+    cluster: Cluster, tiny_graph: GraphStore, tmp_path: Path
+) -> None:
+    arguments = (str(tiny_graph.path), "--run-dir=run", "--host-memory=1KiB", "--json", *ARGUMENTS)
+    first = submit(cluster, *arguments, cwd=tmp_path)
+    assert first.returncode == 4
+    assert "is too small" in first.stderr
+    said = json.loads(first.stdout)
+    assert said["status"] == "FAILED" and said["exit_code"] == 4 and not said["attached"]
+    again = json.loads(submit(cluster, *arguments, "--no-wait", cwd=tmp_path).stdout)
+    assert again["submission_id"] == f"{said['submission_id']}-r2" and again["exit_code"] == 0
+    attached = submit(cluster, *arguments, cwd=tmp_path)
+    assert attached.returncode == 4
+    found = json.loads(attached.stdout)
+    assert found["submission_id"].startswith(said["submission_id"]) and found["submission_id"] != said["submission_id"]
