@@ -15,6 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a class 
 from penstock.engine.chunked.backend import Board, WorkerSpec
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import answer_call, configure_logging, open_worker
+from penstock.engine.supervision.stacks import stacks_file, write_when_asked
 
 HEARTBEATS = "heartbeats"  # the concurrency group of `progress`, which answers while an epoch runs
 
@@ -32,6 +33,7 @@ class RankActor:
         self._store: Any = None
         sys.path.extend(path for path in driver_path if path not in sys.path)
         configure_logging(spec)
+        write_when_asked(stacks_file(spec.scratch, spec.rank))
 
     def whereabouts(self) -> tuple[bool, bytes]:
         """Node id and process id."""

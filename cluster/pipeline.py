@@ -1,7 +1,8 @@
 """Ranks of full-graph training as Ray actors: one per part and stage, in one placement group, one call per epoch.
 
 Ray restarts nobody (`max_restarts=0`): a new actor could not join the process group of the others. The first error ends
-all of them, and the caller opens new ones from the last checkpoint.
+all of them, and the caller opens new ones from the last checkpoint, in a placement group of their own: the nodes of the
+old one may be gone.
 """
 
 import logging
@@ -16,13 +17,13 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from penstock.cluster.actor import HEARTBEATS, RankActor
+from penstock.cluster.nodes import ask_nodes, end_actors, is_lost, node_names
 from penstock.cluster.placement import (
     Amounts,
     NodeResources,
@@ -33,14 +34,17 @@ from penstock.cluster.placement import (
     ranks_alone,
 )
 from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, WorkerSpec, open_board
-from penstock.engine.chunked.failures import Outcome, died
+from penstock.engine.chunked.failures import died
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import OPEN_RANK
+from penstock.engine.supervision import stacks
+from penstock.engine.supervision.watch import START_S, Watch
 
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 0.5
 _GRACE_S = 20.0  # for actors that were told to end
+_STACKS_S = 15.0  # for stacks from other nodes: a process has to start there first
 T = TypeVar("T")
 
 
@@ -52,8 +56,10 @@ class RayBackend:
         self._usable = True
         self._places: list[tuple[str, int]] = []
         self._far: list[int] = []
+        self._hosts: dict[str, str] = {}
         self._beats: dict[Any, int] = {}  # heartbeats asked for, with their rank
         self._beat_at = 0.0
+        self._heard: dict[int, tuple[int, int]] = {}
 
     @property
     def pids(self) -> list[int]:
@@ -68,6 +74,7 @@ class RayBackend:
     def start(self, backend: GroupBackend, open_rank: str) -> None:
         """Wait until all ranks are open."""
         self._places = self._gather("start", [actor.whereabouts.remote() for actor in self._actors])
+        self._hosts = node_names()
         here = ray.get_runtime_context().get_node_id()
         self._far = [rank for rank, node in enumerate(self.nodes) if node != here]
         address = self._gather("start", [self._actors[0].host_store.remote()])[0]
@@ -88,6 +95,7 @@ class RayBackend:
         if not self._usable:
             raise RuntimeError(f"{method}: ranks that failed take no more calls; leave them and open new ones")
         self._board.reset()
+        self._heard.clear()
         refs = [actor.call.remote(method, found) for actor, found in zip(self._actors, given, strict=True)]
         return self._gather(method, refs, given, poll)
 
@@ -100,42 +108,94 @@ class RayBackend:
     ) -> list[Any]:
         """Wait for the answers of ranks 0, 1, ... as they come: the first error ends the wait."""
         self._usable = False  # until all has gone well
+        timeout_s = self._specs[0].timeout_s
+        given = arguments or [()] * len(self._specs)
         pending = {ref: rank for rank, ref in enumerate(refs)}
-        outcome = Outcome(len(refs))
-        while not outcome.is_over:
-            for ref in ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else ():
+        watch = Watch(
+            self._specs[: len(refs)],
+            self._board,
+            method,
+            given[: len(refs)],
+            collect=self._stacks,
+            where=self._where,
+            timeout_s=max(START_S, timeout_s) if method == "start" else timeout_s,
+        )
+        while not watch.is_over:
+            ready = ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else time.sleep(POLL_S)
+            for ref in ready or ():
                 rank = pending.pop(ref)
-                self._take(outcome, rank, ref, method, arguments[rank] if arguments else ())
-            if not outcome.has_failed:
+                self._take(watch, rank, ref, method, given[rank])
+            if not watch.has_failed:
                 self._hear_far_ranks()
                 if poll is not None:
                     poll()
-        values = outcome.values()
+            if not ready:
+                watch.tick()
+        values = watch.values()
         self._usable = True
         return values
 
-    def _take(self, outcome: Outcome, rank: int, ref: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    def _take(self, watch: Watch, rank: int, ref: Any, method: str, arguments: tuple[Any, ...]) -> None:
         try:
-            well, value = ray.get(ref)
-            (outcome.add if well else outcome.fail)(rank, pickle.loads(value))
+            well, value = ray.get(ref, timeout=self._specs[rank].timeout_s)
+            (watch.add if well else watch.fail)(rank, pickle.loads(value))
         except RayError as error:  # of the actor, not of what it ran: that comes as a value
-            where = f" (process {self.pids[rank]} on node {self.nodes[rank]})" if self._places else ""
-            is_near = rank not in self._far
-            failed = died(self._specs[rank], f"was lost{where}", method, arguments, self._board, is_current=is_near)
-            outcome.fail(rank, RankFailed(f"{failed}. Ray says: {' '.join(str(error).split())}"))
+            reason = "was lost with its node" if self._places and is_lost(self.nodes[rank]) else "was lost"
+            failed = died(
+                self._specs[rank],
+                reason,
+                self._where(rank),
+                method,
+                arguments,
+                self._board,
+                is_current=rank not in self._far,
+            )
+            watch.fail(rank, RankFailed(f"{failed}. Ray says: {' '.join(str(error).split())}"))
+
+    def _where(self, rank: int) -> str:
+        if not self._places:
+            return "not placed yet"
+        node = self.nodes[rank]
+        return f"process {self.pids[rank]} on node {node}, host {self._hosts.get(node, 'unknown')}"
+
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, str]:
+        """The stacks of ranks, each collected on its own node."""
+        if not self._places:
+            return dict.fromkeys(ranks, "its actor has not started; look at `ray status` and the actor's log")
+        files = {rank: stacks.stacks_file(self._specs[rank].scratch, rank) for rank in ranks}
+        pids = {rank: self.pids[rank] for rank in ranks}
+        found: dict[int, str] = dict.fromkeys(ranks, f"its node did not answer within {_STACKS_S:.0f} s")
+        near = [rank for rank in ranks if rank not in self._far]
+        found |= stacks.collect({rank: pids[rank] for rank in near}, {rank: files[rank] for rank in near})
+        there = {
+            node: [rank for rank in ranks if self.nodes[rank] == node]
+            for node in {self.nodes[rank] for rank in ranks if rank in self._far}
+        }
+        arguments = {
+            node: ({rank: pids[rank] for rank in own}, {rank: files[rank] for rank in own})
+            for node, own in there.items()
+        }
+        for answer in ask_nodes(stacks.collect, arguments, _STACKS_S).values():
+            found |= answer
+        return found
 
     def _hear_far_ranks(self) -> None:
         """Write on the board how far ranks on other nodes are; those of this node do it themselves."""
         for ref in ray.wait(list(self._beats), num_returns=len(self._beats), timeout=0)[0] if self._beats else ():
             rank = self._beats.pop(ref)
             with suppress(RayError):  # a death is told by the call that it ends
-                self._board.heartbeat(rank)(*ray.get(ref))
-        if self._far and not self._beats and time.monotonic() - self._beat_at > _HEARTBEAT_S:
+                progress = ray.get(ref)
+                if self._heard.get(rank, (0, 0)) != progress:  # else it has not moved since
+                    self._heard[rank] = progress
+                    self._board.heartbeat(rank)(*progress)
+        if self._far and time.monotonic() - self._beat_at > _HEARTBEAT_S:
             self._beat_at = time.monotonic()
-            self._beats = {self._actors[rank].progress.remote(): rank for rank in self._far}
+            asked = set(self._beats.values())
+            self._beats |= {self._actors[rank].progress.remote(): rank for rank in self._far if rank not in asked}
 
     def close(self) -> None:
-        """End the actors: in good order, or at once if something went wrong."""
+        """End the actors: in good order, or at once if something went wrong. The next ones use the same scratch
+        folder."""
         if self._usable:
             refs = [actor.stop.remote() for actor in self._actors]
             ready, late = ray.wait(refs, num_returns=len(refs), timeout=_GRACE_S)
@@ -143,11 +203,17 @@ class RayBackend:
                 logger.warning("%d ranks did not end within %.0f s; they are killed", len(late), _GRACE_S)
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        near = [pid for rank, pid in enumerate(self.pids) if rank not in self._far]
-        ends = time.monotonic() + _GRACE_S
-        # the next ranks use the same scratch folder
-        while any(psutil.pid_exists(pid) for pid in near) and time.monotonic() < ends:
-            time.sleep(POLL_S)
+        left = end_actors([pid for rank, pid in enumerate(self.pids) if rank not in self._far], _GRACE_S)
+        if not self._usable:
+            far = {self.nodes[rank] for rank in self._far}
+            arguments = {
+                node: ([self.pids[rank] for rank in self._far if self.nodes[rank] == node], _GRACE_S / 2)
+                for node in far
+                if not is_lost(node)
+            }
+            left += [pid for answer in ask_nodes(end_actors, arguments, _GRACE_S).values() for pid in answer]
+        if left:
+            logger.error("processes %s of ranks do not end", left)
 
 
 def _absolute(value: T) -> T:

@@ -9,7 +9,6 @@
 All of them carry out the same lists with the same arithmetic, so on CPU they end with the same bits.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 
 from penstock.engine.chunked.layout import Layout
-from penstock.engine.chunked.transport import PeerLost
 
 POLL_S = 0.05
 Poll = Callable[[], None]
@@ -50,7 +48,10 @@ AnySpec = TypeVar("AnySpec", bound=WorkerSpec)
 
 
 class RankFailed(RuntimeError):
-    """A rank raised or died; the message says which and why. Training goes on from the last checkpoint."""
+    """A rank raised, died or fell silent; the message says which, where, why and at what.
+
+    Training goes on from the last checkpoint.
+    """
 
 
 class Backend(Protocol):
@@ -62,8 +63,8 @@ class Backend(Protocol):
         """Call `Rank.<method>(*arguments[rank])` on every rank at once (no arguments: none) and wait for all answers.
 
         `poll` is called every 50 ms meanwhile, in this thread; what it raises ends the wait. The first error wins:
-        errors of a rank's own are raised as they are (ValueError, DoesNotFit, ...), a rank that died or lost a peer as
-        RankFailed with its number. After an error the backend can only be left.
+        errors of a rank's own are raised as they are (ValueError, DoesNotFit, ...); that a rank died, lost a peer or
+        did not move for `timeout_s` is a RankFailed with its number. After an error the backend can only be left.
         """
 
 
@@ -118,17 +119,3 @@ def spread_over_gpus(specs: Sequence[AnySpec]) -> tuple[list[AnySpec], int]:
     if count == 0:
         raise ValueError(f"device={specs[0].device}, but this machine has no CUDA device; set device to cpu")
     return [replace(spec, device=f"cuda:{spec.rank % count}") for spec in specs], count  # type: ignore[type-var]
-
-
-def raise_first(errors: Sequence[tuple[int, BaseException]]) -> None:
-    """Raise the error that explains the others: a rank's own, else that one died, else that one lost a peer."""
-
-    def blame(found: tuple[int, BaseException]) -> int:
-        return 2 if isinstance(found[1], PeerLost) else 1 if isinstance(found[1], RankFailed) else 0
-
-    rank, error = min(errors, key=blame)
-    with contextlib.suppress(AttributeError):
-        error.add_note(f"in rank {rank}")
-    if isinstance(error, PeerLost):
-        raise RankFailed(f"rank {rank}: {error}") from error
-    raise error

@@ -2,40 +2,51 @@
 
 Children are started as fresh interpreters with this one's `sys.path`, not by `multiprocessing`: that would run the
 user's script again. Each has a socket to its parent, which the end of a child closes: that wakes the parent at once.
+Every wait is watched: for answers by the failure policy, for the end of a child by a clock.
 """
 
 import contextlib
 import logging
 import os
 import pickle
+import platform
 import queue
 import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Pipe
+from pathlib import Path
 from typing import Any
 
 from penstock.engine.chunked.backend import POLL_S, Board, Poll, WorkerSpec, open_board, spread_over_gpus
-from penstock.engine.chunked.failures import Outcome, died, exit_reason
+from penstock.engine.chunked.failures import died, exit_reason
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import OPEN_RANK, Start
+from penstock.engine.supervision import stacks
+from penstock.engine.supervision.watch import START_S, Watch
 
 logger = logging.getLogger(__name__)
 
 _CODE = "import sys; handle, parent, *sys.path = sys.argv[1:]; from penstock.engine.chunked.worker import main; "
 _CODE += "main(int(handle), int(parent))"
-_GRACE_S = 20.0  # for a child that was told to end
+_GRACE_S = 20.0  # for children that were told to end
+_KILL_S = 5.0  # for one that was killed: what sleeps in the kernel, on a disk that is gone, may never end
 
 
 class _Child:
-    """A child process and the thread that reads what it says into `answers`: bytes, or None at its end."""
+    """A child process, and threads that read what it says into `answers` (bytes, or None at its end) and write to it.
+
+    A child that does not read must not stop its parent: messages wait in `_messages`.
+    """
 
     def __init__(self, rank: int, threads: int, answers: "queue.SimpleQueue[tuple[int, bytes | None]]") -> None:
         self.rank, self._answers = rank, answers
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.connection, theirs = Pipe()
         with theirs:
             handle = theirs.fileno()
@@ -46,8 +57,12 @@ class _Child:
                 pass_fds=[handle],
                 env=_environment(threads),
             )
-        self._reader = threading.Thread(target=self._read, name=f"answers-{rank}", daemon=True)
-        self._reader.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"{name}-{rank}", daemon=True)
+            for name, work in (("answers", self._read), ("messages", self._write))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         try:
@@ -56,24 +71,35 @@ class _Child:
         except (EOFError, OSError):
             self._answers.put((self.rank, None))
 
-    def say(self, message: object) -> None:
-        """Send a message; that a dead child cannot be told anything is for the reader to say."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send_bytes(pickle.dumps(message))
+    def _write(self) -> None:
+        # that a dead child cannot be told anything is for the reader to say
+        with contextlib.suppress(OSError):
+            while (message := self._messages.get()) is not None:
+                self.connection.send_bytes(message)
 
-    def close(self, *, kill: bool) -> None:
-        """Wait for the end of the process, and kill it if told so, or if it takes too long."""
+    def say(self, message: object) -> None:
+        """Send a message; does not wait until it is read."""
+        self._messages.put(pickle.dumps(message))
+
+    def close(self, *, kill: bool, until: float) -> None:
+        """Wait for the end of the process, and kill it if told so, or when it is `until` (monotonic)."""
         if kill:
             self.process.kill()
         try:
-            code = self.process.wait(_GRACE_S)
+            code = self.process.wait(max(0.0, until - time.monotonic()))
             if code and not kill:
                 logger.warning("rank %d %s when it was told to end", self.rank, exit_reason(code))
         except subprocess.TimeoutExpired:
-            logger.warning("rank %d did not end within %.0f s; it was killed", self.rank, _GRACE_S)
+            logger.warning("rank %d did not end within %.0f s; it is killed", self.rank, _GRACE_S)
             self.process.kill()
-            self.process.wait()
-        self._reader.join()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_KILL_S)
+        self._messages.put(None)
+        if self.process.returncode is None:
+            logger.error("process %d of rank %d cannot be killed: it sleeps in the kernel", self.process.pid, self.rank)
+            return
+        for thread in self._threads:
+            thread.join()
         self.connection.close()
 
 
@@ -103,7 +129,8 @@ class ProcessBackend:
         for start in starts:
             self._children.append(_Child(start.spec.rank, start.spec.threads, self._answers))
         self._usable = True
-        self._call("start", [(start,) for start in starts], list(starts), None)
+        timeout_s = max(START_S, self._specs[0].timeout_s)
+        self._call("start", [(start,) for start in starts], list(starts), None, timeout_s)
 
     def call(
         self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
@@ -113,47 +140,75 @@ class ProcessBackend:
         return self._call(method, given, [(method, found) for found in given], poll)
 
     def _call(
-        self, method: str, arguments: list[tuple[Any, ...]], messages: Sequence[object], poll: Poll | None
+        self,
+        method: str,
+        arguments: list[tuple[Any, ...]],
+        messages: Sequence[object],
+        poll: Poll | None,
+        timeout_s: float | None = None,
     ) -> list[Any]:
         if not self._usable:
             raise RuntimeError(f"{method}: ranks that failed take no more calls; leave them and open new ones")
         self._usable = False  # until all has gone well
         self._board.reset()
+        watch = Watch(
+            self._specs,
+            self._board,
+            method,
+            arguments,
+            collect=self._stacks,
+            where=self._where,
+            timeout_s=timeout_s,
+        )
         for child, message in zip(self._children, messages, strict=True):
             child.say(message)
-        outcome = Outcome(len(self._children))
-        while not outcome.is_over:
+        while not watch.is_over:
             try:
                 rank, data = self._answers.get(timeout=POLL_S)
             except queue.Empty:
-                if poll is not None and not outcome.has_failed:
+                watch.tick()
+                if poll is not None and not watch.has_failed:
                     poll()
                 continue
-            self._take(outcome, rank, data, method, arguments[rank])
-        values = outcome.values()
+            self._take(watch, rank, data, method, arguments[rank])
+        values = watch.values()
         self._usable = True
         return values
 
-    def _take(self, outcome: Outcome, rank: int, data: bytes | None, method: str, arguments: tuple[Any, ...]) -> None:
+    def _take(self, watch: Watch, rank: int, data: bytes | None, method: str, arguments: tuple[Any, ...]) -> None:
         if data is None:
             process = self._children[rank].process
             process.kill()  # its socket is closed: nothing can be had from it
-            reason = exit_reason(process.wait())
-            outcome.fail(rank, died(self._specs[rank], reason, method, arguments, self._board))
+            try:
+                reason = exit_reason(process.wait(_KILL_S))
+            except subprocess.TimeoutExpired:
+                reason = "closed its socket and cannot be killed"
+            watch.fail(rank, died(self._specs[rank], reason, self._where(rank), method, arguments, self._board))
             return
         well, value = pickle.loads(data)
-        (outcome.add if well else outcome.fail)(rank, pickle.loads(value))
+        (watch.add if well else watch.fail)(rank, pickle.loads(value))
+
+    def _where(self, rank: int) -> str:
+        return f"process {self.pids[rank]} on host {platform.node()}"
+
+    def _files(self, ranks: Sequence[int]) -> dict[int, Path]:
+        return {rank: stacks.stacks_file(self._specs[rank].scratch, rank) for rank in ranks}
+
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, str]:
+        return stacks.collect({rank: self.pids[rank] for rank in ranks}, self._files(ranks))
 
     def close(self) -> None:
         """End the children: in good order, or at once if something went wrong."""
-        if self._usable:
-            for child in self._children:
+        for child in self._children:
+            if self._usable:
                 child.say(None)
-        for child in self._children:
-            if not self._usable:
+            else:
                 child.process.kill()
+        until = time.monotonic() + _GRACE_S
         for child in self._children:
-            child.close(kill=not self._usable)
+            child.close(kill=not self._usable, until=until)
+        for path in self._files(range(len(self._children))).values() if self._usable else ():
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,55 +1,88 @@
 """Ranks as threads of this process: no start-up, shared page cache, good for one stage or for trying things out."""
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, raise_first, spread_over_gpus
+from penstock.engine.chunked.backend import POLL_S, Board, Poll, open_board, spread_over_gpus
 from penstock.engine.chunked.rank import open_rank
 from penstock.engine.chunked.spec import RankSpec
-from penstock.engine.chunked.transport import PeerLost, ThreadHub, ThreadTransport
+from penstock.engine.chunked.transport import PeerLost, ThreadHub, ThreadTransport, patience_s
+from penstock.engine.supervision import stacks
+from penstock.engine.supervision.watch import START_S, Watch
+
+logger = logging.getLogger(__name__)
 
 _Call = tuple[str, tuple[Any, ...]]
 _Answer = tuple[int, Any, BaseException | None]
+_GRACE_S = 20.0  # for threads to see that they are to end
 
 
 class ThreadBackend:
     """See backend.Backend; made by `open_threads`."""
 
-    def __init__(self, num_ranks: int, hub: ThreadHub) -> None:
-        self.hub = hub
-        self.inboxes: list[queue.SimpleQueue[_Call | None]] = [queue.SimpleQueue() for _ in range(num_ranks)]
+    def __init__(self, specs: Sequence[RankSpec], board: Board, hub: ThreadHub) -> None:
+        self.hub, self._specs, self._board = hub, specs, board
+        self.threads: list[threading.Thread] = []
+        self.inboxes: list[queue.SimpleQueue[_Call | None]] = [queue.SimpleQueue() for _ in specs]
         self.answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
 
     def call(
         self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, poll: Poll | None = None
     ) -> list[Any]:
         """See Backend."""
-        for rank, inbox in enumerate(self.inboxes):
-            inbox.put((method, arguments[rank] if arguments else ()))
-        return self.collect(poll)
+        given = list(arguments) if arguments is not None else [()] * len(self._specs)
+        self._board.reset()
+        for inbox, found in zip(self.inboxes, given, strict=True):
+            inbox.put((method, found))
+        return self.collect(method, given, poll)
 
-    def collect(self, poll: Poll | None = None) -> list[Any]:
+    def collect(
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...]],
+        poll: Poll | None = None,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
         """Wait for one answer per rank."""
-        found: dict[int, Any] = {}
-        errors: list[tuple[int, BaseException]] = []
-        while len(found) + len(errors) < len(self.inboxes):
+        watch = Watch(
+            self._specs,
+            self._board,
+            method,
+            arguments,
+            collect=lambda ranks: stacks.of_threads({rank: self.threads[rank].ident for rank in ranks}),
+            where=lambda rank: f"thread {self.threads[rank].name}",
+            timeout_s=timeout_s,
+        )
+        while not watch.is_over:
             try:
                 rank, value, error = self.answers.get(timeout=POLL_S)
             except queue.Empty:
-                if poll is not None and not errors:
+                watch.tick()
+                if poll is not None and not watch.has_failed:
                     poll()
                 continue
             if error is None:
-                found[rank] = value
+                watch.add(rank, value)
             else:
-                errors.append((rank, error))
                 self.hub.aborted.set()  # the others wait for this one: they end with PeerLost
-        if errors:
-            raise_first(errors)
-        return [found[rank] for rank in range(len(self.inboxes))]
+                watch.fail(rank, error)
+        return watch.values()
+
+    def close(self) -> None:
+        """End the threads. One that does not come to its next action cannot be ended: it is left behind."""
+        self.hub.aborted.set()
+        for inbox in self.inboxes:
+            inbox.put(None)
+        ends = time.monotonic() + _GRACE_S
+        for thread in self.threads:
+            thread.join(max(0.0, ends - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("thread %s did not end within %.0f s; it is left behind", thread.name, _GRACE_S)
 
 
 def _serve(spec: RankSpec, hub: ThreadHub, board: Board, backend: ThreadBackend) -> None:
@@ -62,7 +95,7 @@ def _serve(spec: RankSpec, hub: ThreadHub, board: Board, backend: ThreadBackend)
             raise PeerLost(f"rank {spec.rank} stopped after action {done} of {total}: another rank failed")
 
     try:
-        transport = ThreadTransport(hub, spec.rank, spec.timeout_s)
+        transport = ThreadTransport(hub, spec.rank, patience_s(spec.timeout_s))
         with open_rank(spec, transport, beat) as rank:
             backend.answers.put((spec.rank, None, None))
             while (call := backend.inboxes[spec.rank].get()) is not None:
@@ -78,21 +111,15 @@ def open_threads(specs: Sequence[RankSpec]) -> Iterator[ThreadBackend]:
     specs, _ = spread_over_gpus(specs)
     hub = ThreadHub()
     board = open_board(specs)
-    backend = ThreadBackend(len(specs), hub)
-    threads = [
-        threading.Thread(target=_serve, args=(spec, hub, board, backend), name=f"rank-{spec.rank}", daemon=True)
-        for spec in specs
-    ]
-    started: list[threading.Thread] = []
+    backend = ThreadBackend(specs, board, hub)
     try:
-        for thread in threads:
+        for spec in specs:
+            thread = threading.Thread(
+                target=_serve, args=(spec, hub, board, backend), name=f"rank-{spec.rank}", daemon=True
+            )
             thread.start()
-            started.append(thread)
-        backend.collect()
+            backend.threads.append(thread)
+        backend.collect("start", [()] * len(specs), timeout_s=max(START_S, specs[0].timeout_s))
         yield backend
     finally:
-        hub.aborted.set()
-        for inbox in backend.inboxes:
-            inbox.put(None)
-        for thread in started:
-            thread.join()
+        backend.close()

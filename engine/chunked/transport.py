@@ -121,6 +121,11 @@ class ThreadTransport:
         """Nothing is held."""
 
 
+def patience_s(timeout_s: float) -> float:
+    """For how long a rank waits for another: longer than who drives them, which knows better who is to blame."""
+    return 1.25 * timeout_s + 5
+
+
 def silence(rank: int, peer: int, channel: str, timeout_s: float) -> str:
     """What PeerLost says after a wait of `timeout_s`."""
     return (

@@ -26,7 +26,8 @@ from torch.distributed.distributed_c10d import Store
 from penstock.engine.chunked.backend import Board, WorkerSpec
 from penstock.engine.chunked.failures import encode_error
 from penstock.engine.chunked.torch_transport import GroupBackend, open_torch_transport
-from penstock.engine.chunked.transport import Transport
+from penstock.engine.chunked.transport import Transport, patience_s
+from penstock.engine.supervision.stacks import stacks_file, write_when_asked
 from penstock.storage import logs
 from penstock.storage.lifeline import end_with
 
@@ -49,7 +50,8 @@ class Start:
 def open_worker(
     spec: WorkerSpec, store: Store, backend: GroupBackend, open_rank: str, heartbeat: Callable[[int, int], None]
 ) -> Iterator[Any]:
-    """Join the others over `store` and open the rank."""
+    """Join the others over `store` and open the rank; beats as it gets on, so that the one that does not is found."""
+    heartbeat(1, 3)
     module, _, name = open_rank.partition(":")
     opener: OpenRank = getattr(import_module(module), name)
     with (
@@ -59,10 +61,20 @@ def open_worker(
             store,
             backend=backend,
             device=torch.device(spec.device),
-            timeout_s=spec.timeout_s,
+            timeout_s=patience_s(spec.timeout_s),
         ) as transport,
-        opener(spec, transport, heartbeat) as rank,
+        _opened(opener, spec, transport, heartbeat) as rank,
     ):
+        yield rank
+
+
+@contextmanager
+def _opened(
+    opener: OpenRank, spec: WorkerSpec, transport: Transport, heartbeat: Callable[[int, int], None]
+) -> Iterator[Any]:
+    heartbeat(2, 3)
+    with opener(spec, transport, heartbeat) as rank:
+        heartbeat(3, 3)
         yield rank
 
 
@@ -116,6 +128,7 @@ def main(handle: int, parent: int) -> None:
     with Connection(handle) as connection:
         start: Start = pickle.loads(connection.recv_bytes())
         configure_logging(start.spec)
+        write_when_asked(stacks_file(start.spec.scratch, start.spec.rank))
         calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
         well = _serve(start, connection, calls)

@@ -17,13 +17,14 @@ import psutil
 import pytest
 import torch
 
-from penstock.engine.chunked.backend import OpenBackend, RankFailed
-from penstock.engine.chunked.failures import Outcome, encode_error, exit_reason
+from penstock.engine.chunked.backend import OpenBackend, RankFailed, open_board
+from penstock.engine.chunked.failures import encode_error, exit_reason
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.schedule import plan_epoch
 from penstock.engine.chunked.threads import open_threads
 from penstock.engine.chunked.transport import PeerLost
+from penstock.engine.supervision.watch import Watch
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.history import StaleRead
 
@@ -153,33 +154,48 @@ def test_errors_cross_as_what_they_are_or_as_text(small_ranks: Any, tmp_path: Pa
         ) and f"rank 1 (stage 1 of 0..1, part 0 of 0..0) failed with {type(error).__name__}" in str(found)
 
 
-def test_what_became_of_a_peer_explains_that_it_was_lost() -> None:
-    outcome = Outcome(3)
-    outcome.fail(0, PeerLost("rank 0 lost rank 1"))
-    assert not outcome.is_over and outcome.has_failed
-    outcome.fail(1, RankFailed("rank 1 was ended by SIGKILL"))
-    assert outcome.is_over
+def watch(small_ranks: Any, scratch: Path, stages: int) -> Watch:
+    specs = small_ranks.small_specs(scratch, stages=stages)
+    return Watch(
+        specs, open_board(specs), "run", [()] * stages, collect=lambda ranks: {}, where=lambda rank: f"host {rank}"
+    )
+
+
+def test_what_became_of_a_peer_explains_that_it_was_lost(small_ranks: Any, tmp_path: Path) -> None:
+    found = watch(small_ranks, tmp_path, 3)
+    found.fail(0, PeerLost("rank 0 lost rank 1"))
+    assert not found.is_over and found.has_failed
+    found.fail(1, RankFailed("rank 1 was ended by SIGKILL"))
+    assert found.is_over
+    found.fail(2, DataError("rows are missing"))  # it comes too late
     with pytest.raises(RankFailed, match="rank 1 was ended by SIGKILL"):
-        outcome.values()
-    outcome.fail(2, DataError("rows are missing"))
-    with pytest.raises(DataError, match="rows are missing"):
-        outcome.values()
+        found.values()
 
 
-def test_only_lost_peers_are_reported_as_a_failed_rank() -> None:
-    outcome = Outcome(1)
-    outcome.fail(0, PeerLost("rank 0 waited 5 s for rank 1"))
+def test_only_lost_peers_are_reported_as_a_failed_rank(small_ranks: Any, tmp_path: Path) -> None:
+    found = watch(small_ranks, tmp_path, 1)
+    found.fail(0, PeerLost("rank 0 waited 5 s for rank 1"))
     with pytest.raises(RankFailed, match="rank 0: rank 0 waited 5 s"):
-        outcome.values()
+        found.values()
 
 
-def test_that_a_rank_ends_after_its_error_does_not_hide_it() -> None:
-    outcome = Outcome(2)
-    outcome.fail(0, PeerLost("rank 0 waited 5 s for rank 1"))
-    outcome.fail(0, RankFailed("rank 0 ended with exit code 1"))
-    assert not outcome.is_over  # what became of rank 1 may still be told
+def test_that_a_rank_ends_after_its_error_does_not_hide_it(small_ranks: Any, tmp_path: Path) -> None:
+    found = watch(small_ranks, tmp_path, 2)
+    found.fail(0, PeerLost("rank 0 waited 5 s for rank 1"))
+    found.fail(0, RankFailed("rank 0 ended with exit code 1"))
+    assert not found.is_over  # what became of rank 1 may still be told
+    wait_until(lambda: found.tick() or found.is_over)  # type: ignore[func-returns-value]
     with pytest.raises(RankFailed, match="rank 0: rank 0 waited 5 s for rank 1"):
-        outcome.values()
+        found.values()
+
+
+def test_an_error_of_a_ranks_own_says_where_it_was(small_ranks: Any, tmp_path: Path) -> None:
+    found = watch(small_ranks, tmp_path, 2)
+    found.add(0, None)
+    found.fail(1, DataError("rows are missing"))
+    with pytest.raises(DataError, match="rows are missing") as caught:
+        found.values()
+    assert caught.value.__notes__ == ["in rank 1 (host 1)"]
 
 
 def test_exit_codes_read_as_signals() -> None:
