@@ -17,6 +17,7 @@ import torch
 from penstock.engine.buffers import BatchBuffer
 from penstock.engine.minibatch import MiniBatch
 from penstock.storage.pipe import Pipe, join_worker, start_worker
+from penstock.storage.spans import TRACE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,9 @@ class Pipeline:
         for step in self._steps:
             buffer = self._free.get()
             buffer.wait_until_consumed()
-            self._ready.put((self.source.assemble(step, buffer), buffer, self.source.ready_event()))
+            with TRACE.during("assemble", f"item {step}"):
+                batch = self.source.assemble(step, buffer)
+            self._ready.put((batch, buffer, self.source.ready_event()))
 
     def take(self) -> tuple[MiniBatch, BatchBuffer, Any]:
         """Wait for the next batch; raises what any stage raised."""

@@ -32,6 +32,7 @@ from penstock.storage.pack import (
     read_pack_index,
 )
 from penstock.storage.pipe import Pipe, PipeClosed, join_worker, start_worker
+from penstock.storage.spans import TRACE
 from penstock.storage.trace import window_name
 
 _POLL_S = 0.02  # how often a rolling reader looks for the next window
@@ -255,7 +256,9 @@ class ExtentStream:
     def _load(self, opened: PackWindow, step: int, slot: Slot) -> None:
         started = time.perf_counter()
         loaded = opened.load(step, item_of(self._meta, step), slot)
-        self.read_s += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.read_s += ended - started
+        TRACE.add("feed-read", f"item {step}", started, ended, bytes=loaded.num_bytes + loaded.shared_bytes)
         self.bytes_read += loaded.num_bytes + loaded.shared_bytes
         self._loaded.put(loaded)
 

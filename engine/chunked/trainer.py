@@ -34,12 +34,12 @@ from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.validate import validate_plan
 from penstock.engine.metrics import Counts, Listener, Metrics, MetricsWriter
 from penstock.engine.optim import learning_rate
-from penstock.engine.spans import TRACE
 from penstock.engine.trainer import Stopped
 from penstock.storage.chunks import open_chunks
 from penstock.storage.graph import Split, open_graph
 from penstock.storage.manifest import write_atomic
 from penstock.storage.progress import Progress, silent
+from penstock.storage.spans import TRACE
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any
 from penstock.config import RunConfig
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
-from penstock.engine.spans import TRACE, SpanLog
 from penstock.overrides import flatten
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.progress import Progress
+from penstock.storage.spans import TRACE, SpanLog
 from penstock.timeline import Timeline
 from penstock.tracking.tracker import Trackers, open_trackers
 

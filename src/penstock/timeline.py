@@ -12,8 +12,8 @@ from typing import Any
 
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
-from penstock.engine.spans import SpanLog
 from penstock.storage.manifest import write_atomic
+from penstock.storage.spans import SpanLog
 
 # from top to bottom; others follow in the order in which they appear
 LANES = ("epoch", "compute", "stall", "reduce", "feed-read", "assemble", "actions", "evaluate", "checkpoint")

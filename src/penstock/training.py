@@ -16,7 +16,6 @@ from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
-from penstock.engine.spans import TRACE
 from penstock.engine.trainer import Stopped, Trainer, TrainResult
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.observation import Observation, observed
@@ -29,6 +28,7 @@ from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json
 from penstock.storage.progress import Progress, silent
+from penstock.storage.spans import TRACE
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from penstock.config import load_config
-from penstock.engine.spans import SpanLog, Spans
 from penstock.live import LiveView, RankShares, find_straggler
 from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.spans import SpanLog, Spans
 from penstock.timeline import Timeline, clock_offset
 from penstock.training import train
 
