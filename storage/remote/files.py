@@ -6,6 +6,7 @@ given up. Calls that fail are tried again after 0.2, 0.4, 0.8, ... s, except whe
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -217,7 +218,7 @@ def _copy(source: Any, target: Any) -> None:
 def _replace_local(path: Path, write: Callable[[Any], object]) -> None:
     """Write a file of a mounted file system as we write our own: complete and synced before it has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")  # other hosts may write here too
     with full_disk_is_clear(path):
         try:
             with open(temporary, "wb") as file:

@@ -161,7 +161,7 @@ class Lock:
 
 
 def _wait_until_dead(remote: RemoteFolder, data: bytes, waiting: Callable[[], None]) -> bytes | None:
-    """Watch a lock file; returns its bytes once it is stale, None where it has gone. ValueError where it lives."""
+    """Watch a lock file; returns its bytes once it is stale, None to try again. ValueError where it lives."""
     value = _parse(data)
     refresh_s = _number(value.get("refresh_s"), 0.02, _LONGEST_REFRESH_S, REFRESH_S)
     age = _number(time.time() - _number(value.get("refreshed"), 0, 1e12, time.time()), 0, 2 * refresh_s, 0)
@@ -170,15 +170,14 @@ def _wait_until_dead(remote: RemoteFolder, data: bytes, waiting: Callable[[], No
         logger.warning("%s is in use by %s; seeing whether it still lives", remote.uri, _describe(value))
     while not _has_ended(value.get("process")) and time.monotonic() < deadline:
         waiting()
-        time.sleep(refresh_s / 8)
+        time.sleep(min(refresh_s / 8, 0.5))
         now = remote.read_if_there(LOCK)
-        if now is None:
+        if now is None or (now != data and not value):  # one that was half written is to be looked at again
             return None
-        if now != data and value:
+        if now != data:
             raise ValueError(
                 f"{remote.uri} is in use by {_describe(_parse(now))}; wait for it, or choose another --run-dir"
             )
-        data, value = now, _parse(now)
     return data
 
 
