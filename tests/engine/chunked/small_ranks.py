@@ -134,6 +134,15 @@ SCRIPTS: dict[str, Callable[[Transport, int], Any]] = {
 }
 
 
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
 class SmallRank:
     """A rank whose methods are what a test needs."""
 
@@ -179,6 +188,24 @@ class SmallRank:
         while not (self.spec.scratch / "go").exists():
             time.sleep(0.01)
 
+    def freeze(self, plan: EpochPlan, stops: int, at: int) -> None:
+        """Rank `stops` is stopped by a signal in its action `at`; the others come further and wait for it."""
+        own = len(plan.actions[self.spec.rank])
+        for done in range(at if self.spec.rank == stops else at + 1):
+            self.heartbeat(done + 1, own)
+        if self.spec.rank == stops:
+            stop_here()
+        self.transport.expect(stops, "forward", (1, 1), torch.float32)
+        self.transport.receive(stops, "forward")
+
+    def get_stuck(self, rank: int) -> None:
+        """One rank does nothing any more, and nobody waits for it."""
+        if self.spec.rank == rank:
+            sleep_for_ever()
+
+    def take(self, data: bytes) -> int:
+        return len(data)
+
     def sleep(self) -> None:
         (self.spec.scratch / f"asleep-{self.spec.rank}").touch()
         time.sleep(600)
@@ -196,4 +223,14 @@ def open_badly(spec: RankSpec, transport: Transport, heartbeat: Callable[[int, i
     """Rank 1 does not like its graph."""
     if spec.rank == 1:
         raise DataError(f"{spec.graph} is not a graph; ingest one")
+    yield SmallRank(spec, transport, heartbeat)
+
+
+@contextmanager
+def open_never(spec: RankSpec, transport: Transport, heartbeat: Callable[[int, int], None]) -> Iterator[SmallRank]:
+    """Rank 0 does not come to an end with opening, and rank 1 waits for it."""
+    if spec.rank == 0:
+        sleep_for_ever()
+    transport.expect(0, "forward", (1, 1), torch.float32)
+    transport.receive(0, "forward")
     yield SmallRank(spec, transport, heartbeat)

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from penstock.engine.chunked import processes, threads
 from penstock.engine.chunked.backend import OpenBackend, RankFailed, open_board
 from penstock.engine.chunked.failures import encode_error, exit_reason
 from penstock.engine.chunked.layout import Layout
@@ -28,6 +31,7 @@ from penstock.engine.supervision.watch import Watch
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.history import StaleRead
 
+SMALL = "small_ranks:open_small"
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -48,6 +52,15 @@ def small_ranks() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         yield import_module("small_ranks")
+
+
+@contextmanager
+def open_small_threads(specs: Sequence[Any], *, open_rank: str) -> Iterator[Any]:
+    """Threads whose ranks are small ones: they have no option for it, since nobody else needs one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "open_rank", getattr(import_module("small_ranks"), open_rank.partition(":")[2]))
+        with open_threads(specs) as backend:
+            yield backend
 
 
 def are_gone(pids: list[int]) -> bool:
@@ -103,6 +116,65 @@ def test_a_killed_rank_is_named_with_its_action(small_ranks: Any, tmp_path: Path
     action = plan.actions[1][2]
     assert "rank 1 (stage 1 of 0..1, part 0 of 0..0) was ended by SIGKILL" in str(caught.value)
     assert f"during train_epoch of epoch 3, after 2 of {len(plan.actions[1])} actions, at {action}" in str(caught.value)
+    assert are_gone(backend.pids)
+
+
+def test_a_rank_that_a_signal_stopped_is_named_with_its_stack(small_ranks: Any, tmp_path: Path) -> None:
+    """Rank 0 is found at an earlier slot, although both are silent."""
+    plan = plan_epoch(Layout(2, 1), epoch=3, order=(1, 0), gradient_mode="stale", recompute=False, defer_weights=True)
+    with open_processes(small_ranks.small_specs(tmp_path, timeout_s=1.5), open_rank=SMALL) as backend:
+        with pytest.raises(RankFailed) as caught:
+            backend.call("freeze", [(plan, 0, 1)] * 2)
+    text, actions = str(caught.value), plan.actions[0]
+    assert text.startswith("rank 0 (stage 0 of 0..1, part 0 of 0..0) did not move for ")
+    assert f"timeout_s=1.5 (process {backend.pids[0]} on host {platform.node()})" in text
+    assert f"during freeze of epoch 3, after 1 of {len(actions)} actions, at {actions[1]}" in text
+    assert "Its own:\nstopped by a signal (SIGSTOP)" in text and "in stop_here" in text
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert str(tmp_path / "stacks.txt") in text and "in stop_here" in stacks
+    assert (
+        f"== rank 1 (stage 1 of 0..1, part 0 of 0..0), process {backend.pids[1]}" in stacks and "in receive" in stacks
+    )
+    assert are_gone(backend.pids)
+
+
+@pytest.mark.parametrize("open_backend", [open_processes, open_small_threads])
+def test_a_rank_that_hangs_alone_is_named_with_its_stack(
+    small_ranks: Any, tmp_path: Path, open_backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_GRACE_S", 0.1)  # threads cannot be killed
+    with pytest.raises(RankFailed, match=r"(?s)rank 1 \(.*did not move for .*during get_stuck.*in sleep_for_ever"):
+        with open_backend(small_ranks.small_specs(tmp_path, timeout_s=1.0), open_rank=SMALL) as backend:
+            backend.call("get_stuck", [(1,)] * 2)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_to_open_is_named(
+    small_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 waits for what rank 0 never sends; both have met."""
+    monkeypatch.setattr(processes, "START_S", 0.0)
+    with pytest.raises(RankFailed, match=r"(?s)rank 0 \(.*did not move .*during start, after 2 of 3 .*sleep_for_ever"):
+        with open_processes(small_ranks.small_specs(tmp_path, timeout_s=10.0), open_rank="small_ranks:open_never"):
+            pytest.fail("it opened")
+    assert are_gone([child.pid for child in psutil.Process().children()])
+
+
+def test_a_stopped_child_that_is_sent_much_does_not_stop_its_parent(small_ranks: Any, tmp_path: Path) -> None:
+    with open_processes(small_ranks.small_specs(tmp_path, timeout_s=1.0), open_rank=SMALL) as backend:
+        os.kill(backend.pids[1], signal.SIGSTOP)
+        with pytest.raises(RankFailed, match=r"rank 1 \(.*did not move"):
+            backend.call("take", [(bytes(1 << 24),)] * 2)
+    assert are_gone(backend.pids)
+
+
+def test_a_child_that_is_stopped_when_it_is_told_to_end_is_killed(
+    small_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes, "_GRACE_S", 2.0)
+    with open_processes(small_ranks.small_specs(tmp_path), open_rank=SMALL) as backend:
+        os.kill(backend.pids[1], signal.SIGSTOP)
+    assert "rank 1 did not end within 2 s; it is killed" in caplog.text
     assert are_gone(backend.pids)
 
 
