@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.checkpoint import delete_checkpoints, pack_tensors
-from penstock.engine.chunked.backend import OpenBackend, RankFailed, open_board
+from penstock.engine.chunked.backend import OpenBackend, open_board
 from penstock.engine.chunked.checkpoints import (
     ChunkedCheckpoint,
     begin_checkpoint,
@@ -34,6 +34,7 @@ from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.validate import validate_plan
 from penstock.engine.metrics import Counts, Listener, Metrics, MetricsWriter
 from penstock.engine.optim import learning_rate
+from penstock.engine.supervision.restarts import run_with_restarts
 from penstock.engine.trainer import Stopped
 from penstock.storage.chunks import open_chunks
 from penstock.storage.graph import Split, open_graph
@@ -131,35 +132,35 @@ class ChunkedTrainer:
         """Train to the end, from the newest checkpoint where there is one. Raises Stopped after a checkpoint when
         asked.
 
-        RankFailed where ranks died more than `chunked.retries` times, ValueError for a loss that is not finite or a
+        RankFailed where ranks failed more than `chunked.retries` times, ValueError for a loss that is not finite or a
         checkpoint of another run.
         """
         if not resume:
             delete_checkpoints(self._checkpoints)
-        resumed_from: int | None = None
-        for retries_left in range(self.chunked.retries, -1, -1):
-            found = self._restore()
-            resumed_from = self.state.epochs_done if resumed_from is None else resumed_from
+        resumed_from: list[int] = []
+
+        def attempt(number: int) -> dict[str, Tensor]:
             try:
-                weights = self._attempt(found)
-                break
-            except RankFailed as error:
-                if not retries_left:
-                    raise
-                logger.warning("%s; starting all ranks anew from epoch %d", error, self._saved[0])
+                found = self._restore()
+                resumed_from.append(self.state.epochs_done)
+                return self._attempt(found)
             finally:
                 delete_unfinished(self._checkpoints)  # all ranks have ended; a full disk must not stay full
-        assert resumed_from is not None
+
+        weights = run_with_restarts(attempt, self.chunked.retries, self._tell_restart, stop_requested=self._stop)
         return ChunkedResult(
             weights=weights,
             state=self.state,
-            resumed_from=resumed_from,
+            resumed_from=resumed_from[0],
             reports=tuple(self._reports),
             epoch_s=tuple(self._epoch_s),
             exact_s=self._times["exact"],
             checkpoint_s=self._times["checkpoint"],
             history_errors=self._errors,
         )
+
+    def _tell_restart(self, number: int, error: BaseException) -> None:
+        logger.warning("%s; starting all ranks anew from epoch %d", error, self._saved[0])
 
     def _restore(self) -> ChunkedCheckpoint | None:
         """Take the driver's state from the newest checkpoint, or begin."""
