@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.engine import layered
-from penstock.engine.chunked import schedule, stage, trainer
+from penstock.engine.chunked import planning, schedule, stage
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.exchange import MirrorExchange
 from penstock.engine.chunked.rank import Rank
@@ -41,8 +41,8 @@ def sees(case: "Case", check: Callable[["Case"], None] = check_dense) -> bool:
 
 def change_plan(patch: Patch, change: Callable[[EpochPlan], EpochPlan]) -> None:
     """Change every epoch's plan behind the validator's back."""
-    patch.setattr(trainer, "plan_epoch", lambda *args, **options: change(schedule.plan_epoch(*args, **options)))
-    patch.setattr(trainer, "validate_plan", lambda *args, **options: None)
+    patch.setattr(planning, "plan_epoch", lambda *args, **options: change(schedule.plan_epoch(*args, **options)))
+    patch.setattr(planning, "validate_replicas", lambda *args, **options: None)
 
 
 def flip_backward(plan: EpochPlan) -> EpochPlan:

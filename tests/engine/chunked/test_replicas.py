@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from penstock.engine.chunked import rank, schedule
 from penstock.engine.chunked.backend import RankFailed
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.processes import open_processes
@@ -26,7 +27,9 @@ from penstock.engine.chunked.schedule import (
 )
 from penstock.engine.chunked.simulate import count_slots, simulate, uniform_costs
 from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.stepping import StageOptimizer
 from penstock.engine.chunked.threads import ThreadBackend, open_threads
+from penstock.engine.chunked.torch_transport import _lanes
 from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
 from penstock.engine.chunked.validate import ScheduleError, validate_plan, validate_replicas
 from penstock.engine.trainer import Stopped
@@ -109,9 +112,9 @@ def test_a_replica_waits_at_a_step_for_the_slower_one() -> None:
     costs = replace(costs, forward_s=costs.forward_s * [[1.0], [3.0]], backward_s=costs.backward_s)
     plan = replace(join_plans(plans(layout)), recompute=False)
     found = simulate(plan, layout, costs)
-    for rank in range(2):
-        steps = [n for n, action in enumerate(plan.actions[rank]) if action.kind is Kind.STEP]
-        assert [found.spans[rank][n][0] for n in steps] == [8.0, 16.0]  # two chunks there and back take 2 (3 + 1)
+    for actions, spans in zip(plan.actions, found.spans, strict=True):
+        steps = [n for n, action in enumerate(actions) if action.kind is Kind.STEP]
+        assert [spans[n][0] for n in steps] == [8.0, 16.0]  # two chunks there and back take 2 (3 + 1)
     assert found.busy_s == (8.0, 16.0)
 
 
@@ -173,6 +176,35 @@ def test_replicas_average_what_each_finds(make_case: MakeCase, replicas: int, op
     assert case.distance(found.weights, alone.weights) > 1e-4  # the others do say something else
 
 
+def forget_statistics(patch: pytest.MonkeyPatch) -> None:
+    original = StageOptimizer._combine
+
+    def combine(self: StageOptimizer, ranks: Sequence[int], **divisors: int) -> None:
+        kept = [tensor.clone() for tensor in self._statistics]
+        original(self, ranks, **divisors)
+        for tensor, own in zip(self._statistics, kept, strict=True):
+            tensor.copy_(own)
+
+    patch.setattr(StageOptimizer, "_combine", combine)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "gradients stay at home": lambda patch: patch.setattr(StageOptimizer, "_combine", lambda *args, **options: None),
+    "statistics stay at home": forget_statistics,
+    "the same masks": lambda patch: patch.setattr(rank, "replica_seed", lambda seed, replica: seed),
+    "the same orders": lambda patch: patch.setattr(schedule, "replica_seed", lambda seed, replica: seed),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_put_in_on_purpose_are_seen(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    case = make_case(kind="gcn", norm="batch", replicas=2, dropout=0.3, optimizer="sgd", lr=0.5, **DROP)
+    _, weights = averaged(case)
+    assert case.distance(case.run().weights, weights) < 1e-11
+    FAULTS[name](monkeypatch)
+    assert case.distance(case.run().weights, weights) > 1e-4
+
+
 def test_a_grid_of_replicas_stages_and_parts(make_case: MakeCase) -> None:
     """2 x 2 x 2 ranks against 2 x 1 x 1: stages change no bit, parts the order of sums."""
     case = make_case(kind="gcnii", parts=2, replicas=2, stages=2, dropout=0.3, grad_clip=0.2, **DROP)
@@ -200,6 +232,35 @@ def test_replicas_end_with_the_same_bits(make_case: MakeCase) -> None:
     for one, other in ((0, 2), (1, 3)):
         assert weights[one].keys() == weights[other].keys()
         assert all(torch.equal(tensor, weights[other][name]) for name, tensor in weights[one].items())
+
+
+def test_lanes_that_nccl_opens_ahead_are_those_that_are_used(make_case: MakeCase) -> None:
+    case = make_case(kind="gcnii", parts=2, replicas=2, stages=2, epochs=1, grad_clip=0.2, **DROP)
+    folder, hubs = case.fresh_folder(), []
+
+    @contextmanager
+    def opened(specs: Sequence[RankSpec]) -> Iterator[ThreadBackend]:
+        with open_threads(specs) as backend:
+            hubs.append(backend.hub)
+            yield backend
+
+    ChunkedTrainer(case.specs(), opened, checkpoints=folder / "checkpoints", metrics=folder / "metrics.jsonl").run()
+    used = set(hubs[0]._lanes)
+    ranks = range(case.layout.num_ranks)
+    pairs = [(low, high) for low in ranks for high in ranks if low < high]
+    ahead = {
+        (low, high, channel) if is_up else (high, low, channel)
+        for low, high in pairs
+        for channel, is_up in _lanes(case.layout, low, high)
+    }
+    assert used == ahead
+    assert {(low, high) for low, high, channel in used if channel == "reduce" and high - low == 4} == {
+        (0, 4),
+        (1, 5),
+        (2, 6),
+        (3, 7),
+    }
+    assert case.specs()[7].place == "rank 7 (stage 1 of 0..1, part 1 of 0..1, replica 1 of 0..1)"
 
 
 @pytest.mark.slow
