@@ -1,0 +1,270 @@
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from penstock.__main__ import main
+from penstock.config import load_config
+from penstock.kubernetes import cautions, render
+from penstock.launch_options import KubernetesOptions
+
+Json = dict[str, Any]
+DEPLOY = Path(__file__).parents[2] / "deploy"
+FLAGS = {"dataset": "s3://graphs/papers", "run_dir": "s3://runs/papers"}
+
+
+def rendered(options: KubernetesOptions | None = None, **flags: Any) -> dict[str, Json]:
+    config = load_config(flags={**FLAGS, **{key.replace("__", "."): value for key, value in flags.items()}})
+    return {found["kind"]: found for found in yaml.safe_load_all(render(config, options or KubernetesOptions()))}
+
+
+def pod_templates(value: Any) -> Iterator[Json]:
+    if isinstance(value, dict):
+        if "containers" in value.get("spec", {}):
+            yield value
+        for item in value.values():
+            yield from pod_templates(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from pod_templates(item)
+
+
+def documents() -> dict[str, list[Json]]:
+    return {
+        "rayjob.yaml": list(yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())),
+        "raycluster.yaml": list(yaml.safe_load_all((DEPLOY / "raycluster.yaml").read_text())),
+        "job": list(rendered().values()),
+        "feeders": list(rendered(cluster__feeders=2, cluster__replicas=2).values()),
+    }
+
+
+def test_the_example_is_what_render_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["k8s", "render", "-c", str(DEPLOY / "run-cluster.yaml"), "--ray-version", "2.60.0"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0
+    assert said.out == (DEPLOY / "rayjob.yaml").read_text()
+    assert "is in no registry" in said.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        KubernetesOptions(),
+        KubernetesOptions(storage_class="local-nvme", gpus=2, volume=["data:/data:ro"], env_secret="s3", name="n"),
+        KubernetesOptions(service_account="trainer", auth_secret="token", namespace="ml", workers=3, memory="10GiB"),
+    ],
+)
+def test_rayjobs_are_valid(options: KubernetesOptions, validate: Callable[[str, Json], list[str]]) -> None:
+    for flags in ({"cluster__replicas": 3, "cluster__feeders": 2}, {"mode": "chunked", "chunked__backend": "ray"}):
+        assert validate("RayJob", rendered(options, **flags)["RayJob"]) == []
+
+
+def test_example_files_are_valid(validate: Callable[[str, Json], list[str]]) -> None:
+    files = documents()
+    assert validate("RayJob", files["rayjob.yaml"][1]) == []
+    assert validate("RayCluster", files["raycluster.yaml"][0]) == []
+
+
+def _misspell(job: Json) -> None:
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["volumeMount"] = []
+
+
+def _mistype(job: Json) -> None:
+    job["spec"]["backoffLimit"] = "2"
+
+
+def _forget(job: Json) -> None:
+    del job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"]
+
+
+def _invent(job: Json) -> None:
+    job["spec"]["rayClusterSpec"]["authOptions"]["mode"] = "password"
+
+
+def _nest(job: Json) -> None:
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["securityContext"]["privileged"] = False
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_misspell, "volumeMount: unknown field"),
+        (_mistype, "'2' is no integer"),
+        (_forget, "groupName is missing"),
+        (_invent, "'password' is none of"),
+        (_nest, "privileged: unknown field"),
+    ],
+)
+def test_the_check_can_fail(
+    harm: Callable[[Json], None], said: str, validate: Callable[[str, Json], list[str]]
+) -> None:
+    job = copy.deepcopy(documents()["rayjob.yaml"][1])
+    harm(job)
+    (found,) = validate("RayJob", job)
+    assert said in found
+
+
+@pytest.mark.parametrize("name", documents())
+def test_pods_have_no_privileges(name: str) -> None:
+    pods = [pod for document in documents()[name] for pod in pod_templates(document)]
+    assert pods
+    for pod in pods:
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        assert spec["terminationGracePeriodSeconds"] >= 60
+        mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+        for container in spec["containers"]:
+            confined = container["securityContext"]
+            assert confined["allowPrivilegeEscalation"] is False and confined["readOnlyRootFilesystem"] is True
+            assert confined["capabilities"] == {"drop": ["ALL"]} and "privileged" not in confined
+            assert not any("hostPath" in volume for volume in spec["volumes"])
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml"])
+def test_ray_wants_a_token_and_nobody_else_reaches_it(name: str) -> None:
+    found = {document["kind"]: document for document in documents()[name]}
+    spec = found["RayCluster"]["spec"] if "RayCluster" in found else found["RayJob"]["spec"]["rayClusterSpec"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    policy = found["NetworkPolicy"]["spec"]
+    for document in found.values():
+        for pod in pod_templates(document):
+            assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    allowed = [rule for rule in policy["ingress"] if {"podSelector": policy["podSelector"]} not in rule["from"]]
+    assert [port["port"] for rule in allowed for port in rule["ports"]] == [8265, 8080]
+
+
+def test_sizes_follow_the_configuration() -> None:
+    found = rendered(
+        KubernetesOptions(storage_class="nvme"),
+        cluster__replicas=3,
+        cluster__feeders=2,
+        cluster__feeder_threads=5,
+        train__threads=6,
+        train__device="cuda",
+        budgets__host_memory="40GiB",
+        budgets__disk="80GiB",
+    )["RayJob"]["spec"]["rayClusterSpec"]
+    head, (workers, feeders) = found["headGroupSpec"], found["workerGroupSpecs"]
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (3, 3, 3)
+    assert (feeders["replicas"], feeders["resources"]) == (2, {"feeder": "1"})
+    limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in (head, workers, feeders)]
+    assert [found["cpu"] for found in limits] == ["6", "6", "5"]
+    assert {found["memory"] for found in limits} == {"52Gi"}
+    assert [found.get("nvidia.com/gpu") for found in limits] == [None, "1", None]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    scratch = next(volume for volume in workers["template"]["spec"]["volumes"] if volume["name"] == "scratch")
+    claim = scratch["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim["resources"]["requests"]["storage"] == "100Gi" and claim["storageClassName"] == "nvme"
+
+
+@pytest.mark.parametrize(("stages", "parts", "devices", "pods"), [(4, 2, None, 8), (1, 1, 6, 6)])
+def test_full_graph_ranks_have_a_pod_each(stages: int, parts: int, devices: int | None, pods: int) -> None:
+    flags = {"chunked__stages": stages, "chunked__parts": parts, "chunked__devices": devices}
+    found = rendered(mode="chunked", chunked__backend="ray", model__num_layers=8, **flags)
+    assert found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == pods
+
+
+def test_the_mounted_configuration_is_the_same_run(tmp_path: Path) -> None:
+    flags = {"cluster.replicas": 2, "cluster.feeders": 1, "train.lr": 0.125, "budgets.host_memory": "3GiB", **FLAGS}
+    config = load_config(flags=flags)
+    config_map = next(yaml.safe_load_all(render(config, KubernetesOptions())))
+    (tmp_path / "run.yaml").write_text(config_map["data"]["run.yaml"])
+    mounted = load_config(tmp_path / "run.yaml")
+    assert mounted.digest() == config.digest()
+    assert (mounted.remote.dataset, mounted.remote.run_dir) == (FLAGS["dataset"], FLAGS["run_dir"])
+    assert mounted.remote.stage_dir == Path("/scratch")
+    assert mounted.cluster.address == "auto" and mounted.cluster.feeder_resources == {"feeder": 1.0}
+
+
+# What the RayJob's schema does not embed of batch/v1, by hand.
+JOB_FIELDS = {"backoffLimit", "completions", "parallelism", "ttlSecondsAfterFinished", "podFailurePolicy", "template"}
+
+
+def test_a_run_of_one_machine_is_a_job(validate_pod: Callable[[Json], list[str]]) -> None:
+    found = rendered(KubernetesOptions(image="registry/penstock:1"))
+    assert set(found) == {"ConfigMap", "Job"}
+    job = found["Job"]
+    assert (job["apiVersion"], set(job["spec"])) == ("batch/v1", JOB_FIELDS)
+    template = job["spec"]["template"]
+    assert validate_pod(template) == []
+    assert template["spec"]["restartPolicy"] == "Never"  # a pod failure policy wants it
+    container = template["spec"]["containers"][0]
+    assert [*container["command"], *container["args"]] == ["penstock", "train", "-c", "/etc/penstock/run.yaml"]
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    actions = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", ())}
+    assert actions == {2: "FailJob", 3: "FailJob", 4: "FailJob", 5: "FailJob", 75: "Ignore"}
+    for rule in rules:
+        (kind,) = set(rule) - {"action"}
+        if kind == "onExitCodes":
+            assert set(rule[kind]) == {"containerName", "operator", "values"}
+            assert rule[kind]["operator"] == "In" and rule[kind]["containerName"] == container["name"]
+            assert rule[kind]["values"] == sorted(set(rule[kind]["values"]))
+        else:
+            assert rule == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+def test_the_kind_follows_the_run() -> None:
+    assert "RayJob" in rendered(cluster__replicas=2)
+    assert "RayJob" in rendered(cluster__address="auto")
+    assert "RayJob" in rendered(KubernetesOptions(kind="rayjob"))
+    assert "Job" in rendered(KubernetesOptions(kind="job"), cluster__replicas=2)  # replicas as processes of one pod
+    with pytest.raises(ValueError, match="one pod without Ray"):
+        rendered(KubernetesOptions(kind="job"), cluster__replicas=2, cluster__feeders=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (KubernetesOptions(name="Papers"), "--name 'Papers'"),
+        (KubernetesOptions(name="p" * 48), "at most 47"),
+        (KubernetesOptions(volume=["data"]), "claim:/path"),
+        (KubernetesOptions(memory="much"), "'much' is not a size"),
+    ],
+)
+def test_wrong_options_are_refused(options: KubernetesOptions, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rendered(options)
+
+
+def test_secrets_are_refused_and_the_environment_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-hunter2")
+    config = load_config(flags={**FLAGS, "cluster.replicas": 2})
+    assert "hunter2" not in render(config, KubernetesOptions(env_secret="s3"))
+    with pytest.raises(ValueError, match="what looks like a secret under model.kwargs.api_token"):
+        rendered(model__kind="custom", model__module="m:M", model__kwargs={"api_token": "hunter2-hunter2"})
+
+
+def test_folders_that_pods_do_not_have_are_told() -> None:
+    config = load_config(flags={"dataset": "/data/papers.graph", "run_dir": "/home/me/run"})
+    dataset, run_dir, image = cautions(config, KubernetesOptions())
+    assert "/data/papers.graph is on no mounted volume" in dataset and "is not in the pods" in dataset
+    assert "/home/me/run is on no mounted volume" in run_dir and "is lost with its pod" in run_dir
+    assert "penstock:" in image
+    mounted = KubernetesOptions(volume=["data:/data:ro", "runs:/home/me"], image="r/p:1")
+    assert cautions(config, mounted) == []
+
+
+def test_errors_reach_the_command_line_as_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["k8s", "render", "g", "--run-dir", "r", "--name", "Bad_Name"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "--name 'Bad_Name'" in said.err
+
+
+def test_documents_have_no_aliases() -> None:
+    text = render(load_config(flags={**FLAGS, "cluster.replicas": 2}), KubernetesOptions())
+    assert "*id" not in text and "&id" not in text
+    assert json.loads(json.dumps(list(yaml.safe_load_all(text))))[1]["apiVersion"] == "ray.io/v1"
