@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from penstock.live import LiveView, RankShares, Rates, find_straggler, format_amount, format_numbers
+from penstock.live import LiveView, RankWindow, Rates, format_amount, format_numbers, name_straggler
 from penstock.storage import logs
 from penstock.storage.progress import Progress as ProgressCallback
 from penstock.storage.progress import silent
@@ -19,12 +19,12 @@ _LINE_EVERY_S = 5.0
 _REFRESHES = 4  # per second
 
 
-class _Lines:
+class Lines:
     """One line per stage and interval, text or JSON like the log's; the last call of a stage is always shown."""
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}
-        self._rates, self._shares = Rates(), RankShares()
+        self._rates, self._window = Rates(), RankWindow()
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         rate, now = self._rates.rate(stage, done), time.monotonic()
@@ -46,14 +46,11 @@ class _Lines:
         if now - self._shown.get("ranks", 0.0) < _LINE_EVERY_S:
             return
         self._shown["ranks"] = now
-        shares = self._shares.take(entries)
-        if (rank := find_straggler(shares)) is None:
-            return
-        text = f"ranks: the others wait for rank {rank}, which waits {shares[rank]['reduce']:.0%} of its time for them"
-        if logs.writes_json():
-            logs.emit("penstock.progress", text, progress={"stage": "ranks", "straggler": rank})
-        else:
-            print(text, file=sys.stderr, flush=True)
+        found = name_straggler(entries, self._window.take(entries))
+        if found is not None and logs.writes_json():
+            logs.emit("penstock.progress", str(found), progress={"stage": "ranks", "straggler": found.to_json()})
+        elif found is not None:
+            print(f"ranks: {found}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -62,7 +59,7 @@ def progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
     if quiet:
         yield silent
     elif logs.writes_json() or not sys.stderr.isatty():
-        yield _Lines()
+        yield Lines()
     else:
         view = LiveView()
         with Live(view, console=Console(stderr=True), refresh_per_second=_REFRESHES):

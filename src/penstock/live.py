@@ -12,9 +12,9 @@ from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from penstock.engine.supervision.stragglers import RankTimes, Straggler, find_straggler
 from penstock.storage.budget import format_bytes
 
-_LATE = 0.1  # share of time that the others wait, from which on a rank that does not wait is a straggler
 _HEADINGS = ("rank", "host", "step", "items/s", "stall", "reduce", "hits", "")
 
 
@@ -40,14 +40,14 @@ class Rates:
         return (done - first) / max(time.monotonic() - begun, 1e-3)
 
 
-class RankShares:
+class RankWindow:
     """Where each rank's time went since the last look."""
 
     def __init__(self) -> None:
         self._before: dict[int, dict[str, float]] = {}
 
     def take(self, entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-        """Shares of time by rank: `stall` for its own feed, `reduce` for other ranks."""
+        """Seconds by rank: `busy`, `stall` for its own feed, `reduce` for other ranks."""
         return {int(entry["rank"]): self._of(entry) for entry in entries}
 
     def _of(self, entry: Mapping[str, Any]) -> dict[str, float]:
@@ -58,19 +58,17 @@ class RankShares:
         self._before[int(entry["rank"])] = now
         if any(now[key] < before.get(key, 0.0) for key in now):  # the rank began anew
             before = {}
-        new = {key: value - before.get(key, 0.0) for key, value in now.items()}
-        total = max(1e-9, sum(new.values()))
-        return {key: value / total for key, value in new.items()}
+        return {key: value - before.get(key, 0.0) for key, value in now.items()}
 
 
-def find_straggler(shares: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The rank that the others wait for: it waits least for them, and they wait a tenth of their time at least."""
-    if len(shares) < 2:
-        return None
-    slowest = min(shares, key=lambda rank: shares[rank]["reduce"])
-    others = [share["reduce"] for rank, share in shares.items() if rank != slowest]
-    waited = sum(others) / len(others)
-    return slowest if waited >= _LATE and shares[slowest]["reduce"] < waited / 2 else None
+def name_straggler(entries: Sequence[Mapping[str, Any]], spent: Mapping[int, Mapping[str, float]]) -> Straggler | None:
+    """The rank that the others wait for, by what `RankWindow` found."""
+    times = []
+    for entry in entries:
+        own = spent[int(entry["rank"])]
+        host, busy_s = str(entry.get("host", "this machine")), own["busy"] + own["stall"]
+        times.append(RankTimes(rank=int(entry["rank"]), host=host, busy_s=busy_s, waits={"feed": own["stall"]}))
+    return find_straggler(times)
 
 
 class LiveView:
@@ -80,7 +78,7 @@ class LiveView:
         columns = (TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"))
         self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn())
         self._tasks, self._rates = dict[str, TaskID](), Rates()
-        self._shares = RankShares()
+        self._window = RankWindow()
         self._table: Table | None = None
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
@@ -93,12 +91,13 @@ class LiveView:
 
     def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Show what every rank does."""
-        shares = self._shares.take(entries)
-        straggler = find_straggler(shares)
+        spent = self._window.take(entries)
+        found = name_straggler(entries, spent)
+        straggler = None if found is None else found.rank
         table = Table(*_HEADINGS, box=None, padding=(0, 2, 0, 0))
         for entry in sorted(entries, key=lambda entry: int(entry["rank"])):
             rank = int(entry["rank"])
-            row = (str(rank), str(entry.get("host", "")), *_cells(entry), *_percents(shares[rank]), _hits(entry))
+            row = (str(rank), str(entry.get("host", "")), *_cells(entry), *_percents(spent[rank]), _hits(entry))
             table.add_row(*row, "straggler" if rank == straggler else "", style="yellow" if rank == straggler else None)
         self._table = table
 
@@ -111,8 +110,9 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, str]:
     return "" if step is None else f"{step:,}", "" if rate is None else f"{rate:.4g}"
 
 
-def _percents(shares: Mapping[str, float]) -> tuple[str, str]:
-    return f"{shares['stall']:.0%}", f"{shares['reduce']:.0%}"
+def _percents(spent: Mapping[str, float]) -> tuple[str, str]:
+    total = max(1e-9, sum(spent.values()))
+    return f"{spent['stall'] / total:.0%}", f"{spent['reduce'] / total:.0%}"
 
 
 def _hits(entry: Mapping[str, Any]) -> str:

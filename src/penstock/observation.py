@@ -34,6 +34,7 @@ class Observation:
         self._show_ranks = getattr(show, "ranks", None)
         self._on_ray, self._run = config.cluster.address is not None, config.run_dir.absolute().name
         self._metrics: Any = None
+        self._totals: dict[int, dict[str, float]] = {}
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Take a record of `metrics.jsonl`."""
@@ -56,9 +57,24 @@ class Observation:
         self._metrics.observe(record)
 
     def epoch(self, epoch: int, reports: Sequence[RankReport], layout: Layout, began_s: float) -> None:
-        """Take an epoch of full-graph training for the timeline, if it is of the steps that are asked for."""
+        """Take what ranks did in an epoch of full-graph training, and draw it if it is of the steps that are asked
+        for."""
+        self.ranks([self._entry(epoch, report, layout) for report in reports])
         if self._steps is not None and self._steps[0] <= epoch < self._steps[1]:
             self.timeline.add_epoch(epoch, reports, layout, began_s)
+
+    def _entry(self, epoch: int, report: RankReport, layout: Layout) -> dict[str, Any]:
+        """What a rank did up to and with this epoch."""
+        told = {"busy_s": report.busy_s, "reduce": report.wait_s, "feed": report.history_stall_s}
+        totals = self._totals.setdefault(report.rank, dict.fromkeys(told, 0.0))
+        totals |= {key: totals[key] + value for key, value in told.items()}
+        return {
+            "rank": report.rank,
+            "stage": layout.stage_of(report.rank),
+            "step": epoch + 1,
+            "busy_s": totals["busy_s"],
+            "stalls": {"reduce": totals["reduce"], "feed": totals["feed"]},
+        }
 
     def spans(self, rank: int, log: SpanLog, *, offset_s: float = 0.0) -> None:
         """Take what another process recorded."""

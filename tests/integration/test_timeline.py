@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from penstock.config import load_config
-from penstock.live import LiveView, RankShares, find_straggler
+from penstock.display import Lines, progress
+from penstock.live import LiveView, RankWindow, name_straggler
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.spans import SpanLog, Spans
 from penstock.timeline import Timeline, clock_offset
@@ -114,26 +115,36 @@ def test_a_chunked_run_writes_the_epochs_that_are_asked_for(tmp_path: Path) -> N
         assert all(epochs[0]["ts"] - 1e5 < event["ts"] for event in own)
 
 
-ENTRIES = [
+ENTRIES: list[dict[str, Any]] = [
     {"rank": 0, "host": "a", "step": 1200, "items_per_s": 5.25, "busy_s": 6.0, "stalls": {"feed": 1.0, "reduce": 3.0}},
     {"rank": 1, "host": "b", "step": 1200, "busy_s": 9.5, "stalls": {"reduce": 0.5}, "hit_rates": {"pack": 0.25}},
 ]
 
 
 def test_the_rank_that_others_wait_for_is_named() -> None:
-    shares = RankShares()
-    first = shares.take(ENTRIES)
-    assert first[0] == pytest.approx({"busy": 0.6, "stall": 0.1, "reduce": 0.3}) and find_straggler(first) == 1
-    later = [
-        {"rank": 0, "busy_s": 7.0, "stalls": {"feed": 1.0, "reduce": 3.0}},
+    window = RankWindow()
+    first = window.take(ENTRIES)
+    assert first[0] == {"busy": 6.0, "stall": 1.0, "reduce": 3.0}
+    found = name_straggler(ENTRIES, first)
+    assert found is not None and (found.rank, found.host, found.cause) == (1, "b", "compute")
+    later: list[dict[str, Any]] = [
+        {"rank": 0, "busy_s": 7.0, "stalls": {"feed": 4.0, "reduce": 3.0}},
         {"rank": 1, "busy_s": 1.0, "stalls": {"reduce": 1.0}},  # it began anew
     ]
-    assert shares.take(later) == {
-        0: pytest.approx({"busy": 1.0, "stall": 0.0, "reduce": 0.0}),
-        1: pytest.approx({"busy": 0.5, "stall": 0.0, "reduce": 0.5}),
-    }
-    even = {rank: {"busy": 0.5, "stall": 0.0, "reduce": 0.5} for rank in range(3)}
-    assert find_straggler(even) is None and find_straggler({0: even[0]}) is None
+    spent = window.take(later)
+    assert spent == {0: {"busy": 1.0, "stall": 3.0, "reduce": 0.0}, 1: {"busy": 1.0, "stall": 0.0, "reduce": 1.0}}
+    found = name_straggler(later, spent)
+    assert found is not None and (found.rank, found.cause) == (0, "feed")
+    assert name_straggler(later[:1], spent) is None
+
+
+def test_lines_name_the_straggler_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as show:
+        assert isinstance(show, Lines)
+        show.ranks(ENTRIES)
+        show.ranks(ENTRIES)  # too soon to say it again
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ranks: rank 1 on b is the slowest")
 
 
 def test_a_terminal_shows_bars_and_ranks() -> None:
