@@ -38,7 +38,14 @@ class Cluster:
         # ray start --block ends with what it started
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [scripts / "ray", "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+                [
+                    str(scripts / "ray"),
+                    "start",
+                    "--head",
+                    "--block",
+                    "--include-dashboard=true",
+                    "--disable-usage-stats",
+                ]
                 + [f"--temp-dir={folder}", *(f"--{name}={value}" for name, value in options.items())],
                 env=environment,
                 cwd=folder,

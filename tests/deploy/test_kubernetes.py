@@ -171,7 +171,7 @@ def test_sizes_follow_the_configuration() -> None:
 
 @pytest.mark.parametrize(("stages", "parts", "devices", "pods"), [(4, 2, None, 8), (1, 1, 6, 6)])
 def test_full_graph_ranks_have_a_pod_each(stages: int, parts: int, devices: int | None, pods: int) -> None:
-    flags = {"chunked__stages": stages, "chunked__parts": parts, "chunked__devices": devices}
+    flags: dict[str, Any] = {"chunked__stages": stages, "chunked__parts": parts, "chunked__devices": devices}
     found = rendered(mode="chunked", chunked__backend="ray", model__num_layers=8, **flags)
     assert found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == pods
 
