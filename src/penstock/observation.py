@@ -32,7 +32,8 @@ class Observation:
         self.timeline = Timeline()
         self._steps, self._trackers = config.track.trace_steps, trackers
         self._show_ranks = getattr(show, "ranks", None)
-        self._on_ray, self._run = config.cluster.address is not None, config.run_dir.absolute().name
+        self._on_ray = config.cluster.address is not None or config.chunked.backend == "ray"
+        self._run = config.run_dir.absolute().name
         self._metrics: Any = None
         self._totals: dict[int, dict[str, float]] = {}
 
@@ -50,11 +51,15 @@ class Observation:
     def _observe_on_ray(self, record: Mapping[str, Any]) -> None:
         if not self._on_ray:
             return
-        if self._metrics is None:  # not before: Ray is initialised where ranks are opened
-            from penstock.cluster.metrics import RayMetrics
+        try:
+            if self._metrics is None:  # not before: Ray is initialised where ranks are opened
+                from penstock.cluster.metrics import RayMetrics
 
-            self._metrics = RayMetrics(self._run)
-        self._metrics.observe(record)
+                self._metrics = RayMetrics(self._run)
+            self._metrics.observe(record)
+        except Exception as error:  # the boundary: a cluster that is lost must not end a driver by its metrics
+            self._on_ray = False
+            logger.warning("Ray takes no metrics (%s: %s); training goes on without", type(error).__name__, error)
 
     def epoch(self, epoch: int, reports: Sequence[RankReport], layout: Layout, began_s: float) -> None:
         """Take what ranks did in an epoch of full-graph training, and draw it if it is of the steps that are asked

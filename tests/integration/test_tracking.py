@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from penstock.config import load_config
 from penstock.engine.metrics import MetricsWriter
 from penstock.engine.trainer import Stopped
 from penstock.storage.errors import MissingDependency
+from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.tracking import tracker as tracker_module
 from penstock.tracking.tracker import Ledger, Status, Tracker, Trackers, open_trackers
+from penstock.training import train
 
 CONFIG = {"train.lr": 0.01, "model.kind": "sage", "note": "x" * 9000, "model.kwargs.api_token": "not to be seen"}
 RECORDS: list[dict[str, Any]] = [
@@ -172,6 +175,41 @@ def test_tensorboard_falls_back_within_a_process(tmp_path: Path) -> None:
         write_all(trackers, tmp_path / "a.jsonl", [{"step": step, "loss": float(step)} for step in (1, 2, 3)])
         write_all(trackers, tmp_path / "b.jsonl", [{"step": step, "loss": step + 0.5} for step in (2, 3, 4)])
     assert scalars(events(tmp_path / "tensorboard"))["loss"] == [(1, 1.0), (2, 2.5), (3, 3.5), (4, 4.5)]
+
+
+def test_a_run_and_its_continuation_are_on_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    graph, run = tmp_path / "graph", tmp_path / "run"
+    generate_graph(graph, GenerateConfig(num_nodes=600, num_features=8, train=0.3, valid=0.1), host_memory=64 << 20)
+    flags = {
+        "dataset": str(graph),
+        "run_dir": str(run),
+        "feed": "memory",
+        "sampler.fanouts": (3, 3),
+        "sampler.batch_size": 32,
+        "model.hidden": 8,
+        "train.epochs": 6,
+        "train.threads": 1,
+        "train.log_every": 2,
+        "train.checkpoint_items": 7,
+        "track.trackers": ("tensorboard",),
+    }
+    config, stop = load_config(None, (), flags), threading.Event()
+
+    def stop_in_the_middle(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        if stage == "train" and done >= 20:
+            stop.set()
+
+    with pytest.raises(Stopped):
+        train(config, progress=stop_in_the_middle, stop_requested=stop)
+    train(config)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shown = scalars(events(run / "tensorboard"))
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    for name in ("loss", "train_loss", "valid_accuracy"):
+        wanted = [(line["step"], line[name]) for line in lines if name in line]
+        assert [step for step, _ in shown[name]] == [step for step, _ in wanted]
+        assert [value for _, value in shown[name]] == pytest.approx([value for _, value in wanted], rel=1e-5)
 
 
 def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
