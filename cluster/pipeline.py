@@ -119,10 +119,11 @@ class RayBackend:
             collect=self._stacks,
             where=self._where,
             timeout_s=max(START_S, timeout_s) if method == "start" else timeout_s,
+            far=self._far,
         )
         while not watch.is_over:
-            ready = ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else time.sleep(POLL_S)
-            for ref in ready or ():
+            ready = ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else ()
+            for ref in ready:
                 rank = pending.pop(ref)
                 self._take(watch, rank, ref, method, given[rank])
             if not watch.has_failed:
@@ -131,6 +132,8 @@ class RayBackend:
                     poll()
             if not ready:
                 watch.tick()
+            if not pending:  # only peers were lost, and what became of them is still to be told
+                time.sleep(POLL_S)
         values = watch.values()
         self._usable = True
         return values

@@ -44,7 +44,8 @@ def during(spec: WorkerSpec, method: str, arguments: tuple[Any, ...], board: Boa
         actions = plan.actions[spec.rank]
         least, at = ("", f", at {actions[done]}") if is_current and done < len(actions) else ("at least ", "")
         return f"during {method} of epoch {plan.epoch}, after {least}{done} of {len(actions)} actions{at}"
-    return f"during {method}, after {done} of {total} actions" if total else f"during {method}"
+    least = "" if is_current else "at least "
+    return f"during {method}, after {least}{done} of {total} actions" if total else f"during {method}"
 
 
 def died(

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ class Watch:
     """Gathers what the ranks answer to one call, and the error that ends it; used by one thread.
 
     `timeout_s` is for how long a rank may not move while others wait for it, the specs' where it is none. `where`
-    tells of a rank where it runs.
+    tells of a rank where it runs. What the board says of `far` ranks may be old.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class Watch:
         collect: Collect,
         where: Callable[[int], str],
         timeout_s: float | None = None,
+        far: Collection[int] = (),
     ) -> None:
         self._specs, self._board, self._method, self._arguments = specs, board, method, arguments
-        self._collect, self._where = collect, where
+        self._collect, self._where, self._far = collect, where, far
         self._timeout_s = specs[0].timeout_s if timeout_s is None else timeout_s
         self._state, self._began_s = State(num_ranks=len(specs)), time.monotonic()
         self._values: dict[int, Any] = {}
@@ -142,7 +143,8 @@ class Watch:
         spec, moved_s = self._specs[rank], self._state.members[rank].moved_s
         silent_s = time.monotonic() - moved_s
         since = datetime.fromtimestamp(time.time() - silent_s, timezone.utc)
-        at = during(spec, self._method, self._arguments[rank], self._board)
+        is_current = rank not in self._far
+        at = during(spec, self._method, self._arguments[rank], self._board, is_current=is_current)
         return RankFailed(
             f"{spec.place} did not move for {silent_s:.1f} s, since {since:%H:%M:%S} UTC, more than "
             f"timeout_s={self._timeout_s:g} ({self._where(rank)}); {at}. Run again, it goes on from the last "

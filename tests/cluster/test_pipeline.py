@@ -1,6 +1,10 @@
 """Actors on a cluster of two nodes, both of them this machine: what crosses, who is named, and that nothing is left."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -22,6 +26,19 @@ from penstock.storage.errors import DataError, DoesNotFit
 
 pytestmark = pytest.mark.ray
 SMALL = "small_ranks:open_small"
+SCRIPT = """
+import logging, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import ray, small_ranks
+from penstock.cluster.pipeline import open_ray
+
+ray.init(address={address!r}, logging_level=logging.ERROR, log_to_driver=False)
+specs = small_ranks.small_specs(Path({scratch!r}))
+with open_ray(specs, strategy="STRICT_SPREAD", open_rank="small_ranks:open_small") as ranks:
+    print(*ranks.pids, flush=True)
+    ranks.call("sleep")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +148,60 @@ def test_a_cluster_without_room_is_told(small_ranks: Any, tmp_path: Path) -> Non
         with open_ray(specs, open_rank=SMALL):
             pytest.fail("it opened")
     assert not open_groups()
+
+
+def test_an_actor_that_a_signal_stopped_on_another_node_is_named_with_its_stack(
+    small_ranks: Any, tmp_path: Path
+) -> None:
+    specs = small_ranks.small_specs(tmp_path, timeout_s=3.0)
+    board = open_board(specs)
+    with open_ray(specs, strategy="STRICT_SPREAD", open_rank=SMALL) as backend:
+        far = 1 - backend.nodes.index(ray.get_runtime_context().get_node_id())
+
+        def poll() -> None:
+            if board.read()[far][0] > 0:
+                os.kill(backend.pids[far], signal.SIGSTOP)
+
+        with pytest.raises(RankFailed) as caught:
+            backend.call("beat", poll=poll)
+    text = str(caught.value)
+    assert text.startswith(f"rank {far} (stage {far} of 0..1, part 0 of 0..0) did not move for ")
+    assert f"(process {backend.pids[far]} on node {backend.nodes[far]}, host " in text
+    assert f"during beat, after at least {far + 1} of 9 actions" in text
+    assert "Its own:\nstopped by a signal (SIGSTOP)" in text and "in beat" in text
+    assert (tmp_path / "stacks.txt").read_text().count("in beat") == 2
+    assert not any(psutil.pid_exists(pid) for pid in backend.pids) and not open_groups()
+
+
+def test_a_lost_node_is_named_and_the_next_ranks_open_on_those_that_are_left(
+    small_ranks: Any, tmp_path: Path, cluster: Cluster
+) -> None:
+    doomed = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    with open_ray(small_ranks.small_specs(tmp_path, stages=3), strategy="STRICT_SPREAD", open_rank=SMALL) as backend:
+        rank = backend.nodes.index(doomed.node_id)
+
+        def poll() -> None:
+            nonlocal doomed
+            if doomed is not None and (tmp_path / f"asleep-{rank}").exists():
+                cluster.remove_node(doomed, allow_graceful=False)
+                doomed = None
+
+        with pytest.raises(RankFailed, match=rf"rank {rank} \(.* was lost with its node \(process .*during sleep"):
+            backend.call("sleep", poll=poll)
+    assert all_go(backend.pids) and not open_groups()
+    with open_ray(small_ranks.small_specs(tmp_path), strategy="STRICT_SPREAD", open_rank=SMALL) as backend:
+        assert len(backend.call("weights", [(1.0,)] * 2)) == 2
+
+
+def test_actors_end_with_a_killed_driver(small_ranks: Any, tmp_path: Path, cluster: Cluster) -> None:
+    script = tmp_path / "script.py"
+    folder = str(Path(small_ranks.__file__).parent)
+    script.write_text(SCRIPT.format(folder=folder, address=cluster.address, scratch=str(tmp_path / "scratch")))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as driver:
+        assert driver.stdout is not None
+        pids = [int(word) for word in driver.stdout.readline().split()]
+        os.kill(pids[0], signal.SIGSTOP)  # also what cannot hear of it
+        driver.kill()
+        driver.communicate()
+    assert len(pids) == 2 and all_go(pids)

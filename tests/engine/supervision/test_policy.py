@@ -38,9 +38,11 @@ TIMEOUT_S = 10.0
 CALL = Called(at_s=0.0, timeout_s=TIMEOUT_S)
 
 
-def play(*batches: Sequence[Observation], **options: int) -> list[tuple[Decision, ...]]:
-    """What is decided after each batch, from two ranks that stand idle."""
-    state, told = State(**({"num_ranks": 2} | options)), []
+def play(
+    *batches: Sequence[Observation], num_ranks: int = 2, retries: int = 0, feeder_retries: int = 0
+) -> list[tuple[Decision, ...]]:
+    """What is decided after each batch, from ranks that stand idle."""
+    state, told = State(num_ranks=num_ranks, retries=retries, feeder_retries=feeder_retries), []
     for batch in batches:
         state, decisions = step(state, batch)
         told.append(decisions)
