@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.config import RunConfig
 from penstock.engine.chunked.layout import Layout
@@ -23,6 +23,19 @@ from penstock.tracking.tracker import Trackers, open_trackers
 logger = logging.getLogger(__name__)
 
 _KEPT = ("config.yaml", "result.json", "metrics.jsonl", "timeline.json")
+
+
+class Leg(Protocol):
+    """What a replica did in one call, see replica.Leg: a loss per item, and seconds."""
+
+    @property
+    def losses(self) -> Sequence[object]: ...
+    @property
+    def compute_s(self) -> float: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def reduce_s(self) -> float: ...
 
 
 class Observation:
@@ -68,11 +81,38 @@ class Observation:
         if self._steps is not None and self._steps[0] <= epoch < self._steps[1]:
             self.timeline.add_epoch(epoch, reports, layout, began_s)
 
+    def leg(self, step: int, legs: Sequence[Leg], hosts: Sequence[str]) -> None:
+        """Take what replicas did since the last call, up to `step`: a leg and a host by rank."""
+        self.ranks([self._leg_entry(rank, step, leg, hosts[rank]) for rank, leg in enumerate(legs)])
+
+    def _leg_entry(self, rank: int, step: int, leg: Leg, host: str) -> dict[str, Any]:
+        told = {"busy_s": leg.compute_s, "feed": leg.stall_s, "reduce": leg.reduce_s, "items": float(len(leg.losses))}
+        totals = self._add(rank, told)
+        wall_s = leg.compute_s + leg.stall_s + leg.reduce_s
+        return {
+            "rank": rank,
+            "host": host,
+            "step": step,
+            "items": totals["items"],
+            "items_per_s": told["items"] / max(1e-9, wall_s),
+            "busy_s": totals["busy_s"],
+            "stalls": {"feed": totals["feed"], "reduce": totals["reduce"]},
+        }
+
+    def restarted(self, restarts: int) -> None:
+        """Take how often all ranks started anew so far."""
+        self._observe_on_ray({"restarts": restarts})
+
+    def _add(self, rank: int, told: dict[str, float]) -> dict[str, float]:
+        """Add to a rank's totals; they go on where ranks start anew."""
+        totals = self._totals.setdefault(rank, dict.fromkeys(told, 0.0))
+        totals |= {key: totals[key] + value for key, value in told.items()}
+        return totals
+
     def _entry(self, epoch: int, report: RankReport, layout: Layout) -> dict[str, Any]:
         """What a rank did up to and with this epoch."""
         told = {"busy_s": report.busy_s, "reduce": report.wait_s, "feed": report.history_stall_s}
-        totals = self._totals.setdefault(report.rank, dict.fromkeys(told, 0.0))
-        totals |= {key: totals[key] + value for key, value in told.items()}
+        totals = self._add(report.rank, told)
         return {
             "rank": report.rank,
             "stage": layout.stage_of(report.rank),

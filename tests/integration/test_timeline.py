@@ -13,6 +13,8 @@ from rich.console import Console
 from penstock.config import load_config
 from penstock.display import Lines, progress
 from penstock.live import LiveView, RankWindow, name_straggler
+from penstock.observation import observed
+from penstock.replica import Leg
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.spans import SpanLog, Spans
 from penstock.timeline import Timeline, clock_offset
@@ -145,6 +147,35 @@ def test_lines_name_the_straggler_too(capsys: pytest.CaptureFixture[str]) -> Non
         show.ranks(ENTRIES)  # too soon to say it again
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ranks: rank 1 on b is the slowest")
+
+
+def test_legs_of_replicas_become_entries(tmp_path: Path) -> None:
+    seen: list[list[dict[str, Any]]] = []
+
+    class Show(LiveView):
+        def ranks(self, entries: Any) -> None:
+            seen.append(list(entries))
+
+    legs = [
+        Leg(losses=((0, 8, 1.0), (2, 8, 0.5)), compute_s=2.0, stall_s=1.0, reduce_s=1.0),
+        Leg(losses=((1, 8, 1.0), (3, 8, 0.5)), compute_s=3.0, stall_s=0.5, reduce_s=0.5),
+    ]
+    config = load_config(None, (), {"dataset": str(tmp_path / "graph"), "run_dir": str(tmp_path / "run")})
+    with observed(config, Show()) as watch:
+        watch.leg(4, legs, ["a", "b"])
+        watch.leg(8, legs, ["a", "b"])
+    first, second = seen[-1]
+    assert first == {
+        "rank": 0,
+        "host": "a",
+        "step": 8,
+        "items": 4.0,
+        "items_per_s": 0.5,
+        "busy_s": 4.0,
+        "stalls": {"feed": 2.0, "reduce": 2.0},
+    }
+    assert (second["host"], second["busy_s"], second["stalls"]["reduce"]) == ("b", 6.0, 1.0)
+    assert not (tmp_path / "run").exists()  # nothing was traced or tracked
 
 
 def test_a_terminal_shows_bars_and_ranks() -> None:
