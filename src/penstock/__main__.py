@@ -93,8 +93,8 @@ class RunOptions:
     "Trackers that get all numbers: tensorboard, mlflow, wandb, separated by commas."
     trace: str | None = None
     "Write timeline.json, for Perfetto, of steps first:stop."
-    result_json: Path | None = None
-    "Write a copy of result.json there."
+    result_json: str | None = None
+    "Write a copy of result.json there, at a path or URI."
     force: bool = False
     "Delete what an earlier run left in the run folder and start anew."
     quiet: bool = False
@@ -307,10 +307,11 @@ def render(
 
 @app.command
 def infer(
-    run_dir: Path,
-    out: Path,
+    run_dir: str,
+    out: str,
     *,
-    dataset: Path | None = None,
+    dataset: str | None = None,
+    stage_dir: Path | None = None,
     split: Literal["all", "train", "valid", "test"] = "all",
     host_memory: str | None = None,
     quiet: bool = False,
@@ -318,30 +319,32 @@ def infer(
     """Write predictions and embeddings to Parquet, under the original ids, exact over all neighbours.
 
     Args:
-        run_dir: Run folder with a trained model.
-        out: Parquet file to write.
-        dataset: Graph store; default: the one the run was trained on.
+        run_dir: Run folder with a trained model, a path or a URI.
+        out: Parquet file to write, a path or a URI.
+        dataset: Graph store, a folder or a URI; default: the one the run was trained on.
+        stage_dir: Local folder for copies of remote data.
         split: Nodes to write.
         host_memory: Bytes that inference may use.
         quiet: No progress.
     """
     from penstock.run_verbs import run_infer
 
-    run_infer(run_dir, out, dataset=dataset, split=split, host_memory=host_memory, quiet=quiet)
+    run_infer(run_dir, out, dataset=dataset, stage_dir=stage_dir, split=split, host_memory=host_memory, quiet=quiet)
 
 
 @app.command
-def inspect(path: Path, *, validate: bool = False, json: bool = False) -> None:
+def inspect(path: str, *, validate: bool = False, json: bool = False, stage_dir: Path | None = None) -> None:
     """Say what a folder is (graph store, trace, packs, run) and what it holds.
 
     Args:
-        path: The folder.
+        path: The folder, or the URI of a graph store or run.
         validate: Read everything and compare checksums.
         json: Print JSON instead of a table.
+        stage_dir: Local folder for copies of remote data.
     """
     from penstock.inspection import run_inspect
 
-    run_inspect(path, validate=validate, as_json=json)
+    run_inspect(path, validate=validate, as_json=json, stage_dir=stage_dir)
 
 
 @app.command
@@ -359,7 +362,7 @@ def doctor(directory: Path = Path("."), *, json: bool = False) -> None:
 
 @app.command
 def bench(
-    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline"],
+    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline", "cluster"],
     *,
     out_of_core: bool = False,
     scale: float = 1.0,

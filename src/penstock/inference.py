@@ -7,6 +7,7 @@ import yaml
 
 from penstock.engine.infer import infer_to_parquet
 from penstock.engine.modelfile import load_model
+from penstock.locations import local_dataset, local_output, local_run
 from penstock.storage.budget import available_memory, num_threads
 from penstock.storage.errors import DataError
 from penstock.storage.graph import Split, open_graph
@@ -14,10 +15,11 @@ from penstock.storage.progress import Progress, silent
 
 
 def infer(
-    run_dir: Path,
-    out: Path,
+    run_dir: Path | str,
+    out: Path | str,
     *,
-    dataset: Path | None = None,
+    dataset: Path | str | None = None,
+    stage_dir: Path | None = None,
     split: Split | Literal["all"] = "all",
     host_memory: int | None = None,
     threads: int | None = None,
@@ -25,27 +27,31 @@ def infer(
 ) -> dict[str, Any]:
     """Write `id, embedding, logits, prediction` of a split's nodes, exact over all neighbours; returns a summary.
 
+    Run, file and dataset may be URIs: what is read is copied to `stage_dir` first, the file is uploaded at the end.
     Layer tables are kept in `run_dir/exact` until the file is there, so that a killed inference continues. DataError
     where the run has no model, or the graph has other features than the model was trained on.
     """
+    run_dir, _ = local_run(run_dir, stage_dir)
     if not (run_dir / "model" / "model.json").is_file():
         raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    graph = open_graph(dataset or Path(config["dataset"]))
+    dataset = dataset or (config.get("remote") or {}).get("dataset") or Path(config["dataset"])
+    graph = open_graph(local_dataset(dataset, stage_dir, progress=progress))
     if graph.meta.num_features != trained.num_features:
         raise DataError(
             f"{graph.path} has {graph.meta.num_features} features per node, the model wants {trained.num_features}; "
             "give the dataset that it was trained on"
         )
-    num_rows = infer_to_parquet(
-        trained.model,
-        graph,
-        Path(out),
-        run_dir / "exact",
-        host_memory=available_memory() // 2 if host_memory is None else host_memory,
-        threads=threads or num_threads(),
-        nodes=None if split == "all" else graph.split_ids(split),
-        progress=progress,
-    )
+    with local_output(out) as path:
+        num_rows = infer_to_parquet(
+            trained.model,
+            graph,
+            path,
+            run_dir / "exact",
+            host_memory=available_memory() // 2 if host_memory is None else host_memory,
+            threads=threads or num_threads(),
+            nodes=None if split == "all" else graph.split_ids(split),
+            progress=progress,
+        )
     return {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": "all neighbours"}

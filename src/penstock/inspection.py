@@ -10,6 +10,7 @@ import xxhash
 import yaml
 
 from penstock.display import print_table
+from penstock.locations import local_dataset, local_run
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
 from penstock.storage.directio import DirectFile, aligned_buffer
@@ -17,6 +18,8 @@ from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import open_graph
 from penstock.storage.manifest import MANIFEST, read_json
 from penstock.storage.pack import has_window, open_packset, read_pack_index
+from penstock.storage.remote.config import is_uri
+from penstock.storage.remote.files import open_remote
 from penstock.storage.trace import open_trace, window_name
 from penstock.storage.trace_writer import validate_window
 
@@ -148,9 +151,22 @@ def describe(path: Path, *, validate: bool = False) -> Description:
     )
 
 
-def run_inspect(path: Path, *, validate: bool, as_json: bool) -> None:
+def describe_location(location: Path | str, *, validate: bool = False, stage_dir: Path | None = None) -> Description:
+    """`describe` for a folder or a URI of a graph store or a run."""
+    if not is_uri(location):
+        return describe(Path(location), validate=validate)
+    remote = open_remote(str(location))
+    if remote.size(MANIFEST) is not None:
+        return describe(local_dataset(location, stage_dir), validate=validate)
+    if remote.size("config.yaml") is None:
+        raise DataError(f"{location} is no graph store or run: it has neither {MANIFEST} nor config.yaml")
+    folder, checkpoints = local_run(location, stage_dir)
+    return {**describe(folder, validate=validate), "checkpoints": checkpoints}
+
+
+def run_inspect(path: Path | str, *, validate: bool, as_json: bool, stage_dir: Path | None = None) -> None:
     """Print the description."""
-    found = describe(path, validate=validate)
+    found = describe_location(path, validate=validate, stage_dir=stage_dir)
     if as_json:
         print(json.dumps(found))
         return

@@ -10,11 +10,13 @@ import yaml
 
 from penstock.config import RunConfig
 from penstock.exit_codes import exit_code
+from penstock.locations import publish_file
 from penstock.machine import hardware, versions
 from penstock.overrides import flatten
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.manifest import write_atomic, write_json
 from penstock.storage.redaction import redact, refuse_secrets
+from penstock.storage.remote.config import is_uri
 
 RESULT_SCHEMA = 1
 
@@ -39,7 +41,7 @@ def write_result(
     status: str,
     config: RunConfig | None,
     metrics: dict[str, Any],
-    copy: Path | None = None,
+    copy: Path | str | None = None,
     error: BaseException | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
@@ -60,11 +62,20 @@ def write_result(
         **sections,
     }
     value = redact(value)
-    for target in (path, copy):
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+    if copy is not None:
+        copy_result(path, copy)
     return value
+
+
+def copy_result(path: Path, copy: Path | str) -> None:
+    """Copy a `result.json` to a path or URI."""
+    if is_uri(copy):
+        publish_file(path, str(copy))
+        return
+    Path(copy).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(copy), path.read_bytes())
 
 
 def write_config(path: Path, config: RunConfig) -> None:
@@ -77,6 +88,8 @@ def write_config(path: Path, config: RunConfig) -> None:
 def differing_keys(path: Path, config: RunConfig) -> list[str]:
     """Which keys of the run that `path` describes differ from `config`; those that may change do not count."""
     stored = flatten(yaml.safe_load(path.read_text()) or {})
+    if stored.get("remote.dataset") is not None:
+        stored["dataset"] = stored["remote.dataset"]  # as in `RunConfig.identity`
     wanted = config.identity()
     return sorted(key for key, item in wanted.items() if stored.get(key) != item)
 

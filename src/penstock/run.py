@@ -11,12 +11,12 @@
 | `model/`, `result.json`, `curves.png`, `schedule.png` | the end of training |
 """
 
-import fcntl
-import os
+import logging
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,12 +26,16 @@ from torch import nn
 from penstock.config import RunConfig
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, seed_step
-from penstock.report import differing_keys, write_config
+from penstock.remote_run import bring_back, held_run, mirrored_run, require_same, staged_dataset
+from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
 from penstock.storage.graph import GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
+from penstock.storage.remote.hostlock import describe_owner, flocked
+
+logger = logging.getLogger(__name__)
 
 _DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks", "local")
 _MACHINE = "machine.json"
@@ -126,19 +130,19 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; ValueError names the process that has it."""
-    with open(folder / ".lock", "a+") as file:
+    """Hold the folder for this process; ValueError names the process that has it, its host, and since when."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}; "
-                "wait for it, or choose another --run-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+            left = stack.enter_context(flocked(folder / ".lock"))
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is in use by {error}; wait for it, or choose another --run-dir") from None
+        if left and socket.gethostname() not in left:
+            # flock is kept among the processes of a host; some shared file systems keep it no further
+            logger.warning(
+                "%s was in use by %s, which did not end cleanly; if it is still at work there, stop it",
+                folder,
+                describe_owner(left),
+            )
         yield
 
 
@@ -157,23 +161,22 @@ def open_run(
     progress: Progress = silent,
     stop_requested: threading.Event | None = None,
 ) -> Iterator[Run]:
-    """Open or make the run folder.
+    """Open or make the run folder; where dataset or run are at URIs, work on local copies and mirror the run's.
 
     ValueError where another process has it, or where it belongs to another configuration (naming the keys that differ);
     `force` deletes what is there. FormatError where the dataset is none.
     """
-    graph = open_graph(config.dataset)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(config.run_dir):
-        if force:
-            _forget(config.run_dir)
-        stored = config.run_dir / "config.yaml"
-        if stored.is_file():
-            if differing := differing_keys(stored, config):
-                raise ValueError(
-                    f"{config.run_dir} was made with other values of {', '.join(differing)}; "
-                    "use them, choose another --run-dir, or delete what is there with --force"
-                )
-        else:
-            write_config(stored, config)
-        yield Run(config, graph, progress, stop_requested or threading.Event())
+    stop = stop_requested or threading.Event()
+    with staged_dataset(config, progress, stop):
+        graph = open_graph(config.dataset)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(config.run_dir), held_run(config, stop) as lock:
+            if force:
+                _forget(config.run_dir)
+            stored = config.run_dir / "config.yaml"
+            require_same(stored, config, config.run_dir)
+            bring_back(config, force=force)
+            if not stored.is_file():
+                write_config(stored, config)
+            with mirrored_run(config, lock):
+                yield Run(config, graph, progress, stop)

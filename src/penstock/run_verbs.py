@@ -104,7 +104,7 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])
 
 
-def run_train(config: RunConfig, *, force: bool, resume: bool, result_json: Path | None, quiet: bool) -> None:
+def run_train(config: RunConfig, *, force: bool, resume: bool, result_json: Path | str | None, quiet: bool) -> None:
     """`penstock train`."""
     stop = threading.Event()
     with stop_on_signals(stop), progress(quiet=quiet) as show:
@@ -116,10 +116,11 @@ def run_train(config: RunConfig, *, force: bool, resume: bool, result_json: Path
 
 
 def run_infer(
-    run_dir: Path,
-    out: Path,
+    run_dir: Path | str,
+    out: Path | str,
     *,
-    dataset: Path | None,
+    dataset: Path | str | None,
+    stage_dir: Path | None,
     split: Split | Literal["all"],
     host_memory: str | None,
     quiet: bool,
@@ -127,7 +128,9 @@ def run_infer(
     """`penstock infer`."""
     budget = None if host_memory is None else parse_bytes(host_memory)
     with progress(quiet=quiet) as show:
-        found = infer(run_dir, out, dataset=dataset, split=split, host_memory=budget, progress=show)
+        found = infer(
+            run_dir, out, dataset=dataset, stage_dir=stage_dir, split=split, host_memory=budget, progress=show
+        )
     if quiet:
         print(json.dumps(found))
     else:

@@ -21,10 +21,10 @@ from penstock.feeds import TrainFeed, open_train_feed
 from penstock.observation import Observation, observed
 from penstock.prepare import Prepared, prepare
 from penstock.replicated_training import train_replicated
-from penstock.report import draw_curves, write_result
+from penstock.report import copy_result, draw_curves, write_result
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json
 from penstock.storage.progress import Progress, silent
@@ -126,7 +126,7 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
     }
 
 
-def _job(run: Run, resume: bool, result_json: Path | None, watch: Observation) -> dict[str, Any]:
+def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observation) -> dict[str, Any]:
     if run.config.mode == "chunked" or run.config.has_replicas:
         chunked = run.config.mode == "chunked"
         sections = train_chunked(run, resume, watch) if chunked else train_replicated(run, resume)
@@ -173,7 +173,7 @@ def _job(run: Run, resume: bool, result_json: Path | None, watch: Observation) -
     )
 
 
-def _finished(run: Run, result_json: Path | None) -> dict[str, Any] | None:
+def _finished(run: Run, result_json: Path | str | None) -> dict[str, Any] | None:
     """The result of a run that has nothing left to do."""
     path = run.path / "result.json"
     if not path.is_file():
@@ -182,17 +182,16 @@ def _finished(run: Run, result_json: Path | None) -> dict[str, Any] | None:
     if value["status"] != "ok":
         return None
     if result_json is not None:
-        result_json.parent.mkdir(parents=True, exist_ok=True)
-        result_json.write_bytes(path.read_bytes())
+        copy_result(path, result_json)
     return value
 
 
-def _report_failure(run: Run, error: Exception, result_json: Path | None) -> None:
+def _report_failure(run: Run, error: Exception, result_json: Path | str | None) -> None:
     status = "stopped" if isinstance(error, Stopped) else "failed"
     path = run.path / "result.json"
     try:
         write_result(path, status=status, config=run.config, metrics={}, copy=result_json, error=error)
-    except (DoesNotFit, OSError) as second:  # the disk that the error is about may be full
+    except (DataError, DoesNotFit, OSError) as second:  # the disk that the error is about may be full
         logger.warning("%s could not be written: %s", path, second)
 
 
@@ -201,7 +200,7 @@ def train(
     *,
     force: bool = False,
     resume: bool = True,
-    result_json: Path | None = None,
+    result_json: Path | str | None = None,
     progress: Progress = silent,
     stop_requested: threading.Event | None = None,
 ) -> dict[str, Any]:

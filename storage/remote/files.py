@@ -33,6 +33,7 @@ _EXTRAS = {
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure"),
 }
 _EXCLUSIVE = ("s3", "s3a", "gs", "gcs")
+_WRITING = ("write", "create", "upload")  # these find nothing where the bucket is missing
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, DoesNotFit, ImportError)
 _Found = TypeVar("_Found")
 
@@ -161,8 +162,17 @@ class RemoteFolder:
     def upload(self, source: Path, name: str) -> None:
         """Copy a local file there and check its size; FileNotFoundError where the local file has gone."""
         size = source.stat().st_size
+        vanished: list[FileNotFoundError] = []
 
         def put(path: str) -> None:
+            try:
+                copy(path)
+            except FileNotFoundError as error:
+                if source.exists():
+                    raise
+                vanished.append(error)  # here and not there
+
+        def copy(path: str) -> None:
             if not self._is_local:
                 self._files.put_file(str(source), path)
                 return
@@ -170,6 +180,8 @@ class RemoteFolder:
                 _replace_local(Path(path), lambda file: _copy(given, file))
 
         self._call("upload", name, put, size)
+        if vanished:
+            raise vanished[0]
         if (there := self.size(name)) != size:
             raise RemoteError(f"{self.uri_of(name)} has {there} bytes after the upload of {size} from {source}")
 
@@ -191,6 +203,10 @@ class RemoteFolder:
         for attempt in range(1, self._tries + 1):
             try:
                 return _in_time(lambda: call(path), self._timeout_s + max(0, num_bytes) / _SLOWEST)
+            except FileNotFoundError as error:
+                if verb not in _WRITING:
+                    raise
+                raise DataError(f"cannot {verb} {self.uri_of(name)}: {redacted(str(error))}; make it first") from error
             except _FINAL:
                 raise
             except PermissionError as error:

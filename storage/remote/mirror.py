@@ -9,6 +9,7 @@ that the one it replaces stays until it is there. Packs, traces and scratch are 
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ FIRST_FILES = ("config.yaml", "machine.json", "chunked.json", METRICS)  # checkp
 LAST_FILES = ("plan.json", "curves.png", "schedule.png", "timeline.json")
 INTERVAL_S = 15.0
 _LONGEST_PAUSE_S = 300.0
+_TICK_S = 1.0
 _LOCAL_NAME = re.compile(r"step-(\d{9,})")
 _REMOTE_NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
 
@@ -75,6 +77,7 @@ class Mirror:
         self.folder, self._remote, self._lock = folder, remote, lock
         self._sent: dict[str, tuple[int, int, int]] = {}  # what the remote copies of small files were made from
         self._states: dict[str, bytes] | None = None  # state.json of remote checkpoints; unknown before the first pass
+        self._newest: int | None = None  # step of the newest checkpoint that the last pass saw
         self._gone: set[str] = set()  # remote checkpoints that the last pass found to have no local one
         self._passing = threading.Lock()
         self._closing = threading.Event()
@@ -82,30 +85,40 @@ class Mirror:
     def sync(self) -> None:
         """Copy what is new, and wait until it is there.
 
-        RemoteError where the remote side fails, LockLost where another process has taken the folder.
+        RemoteError or DataError where the remote side fails, LockLost where another process has taken the folder.
         """
         with self._passing:
             self._require_lock()
-            try:
-                self._pass()
-            except FileNotFoundError as error:  # of the remote side; local files may vanish
-                raise DataError(f"{self._remote.uri}: {error} has gone while it was in use") from error
+            self._pass()
 
     def keep(self) -> None:
-        """Copy every now and then until closed; runs in a thread. A failure is logged once and tried again later."""
-        said, pause_s = "", self._interval_s
-        while not self._closing.wait(pause_s):
+        """Copy every now and then, and every new checkpoint within a second or so, until closed; runs in a thread.
+
+        A failure is logged once and tried again later.
+        """
+        said, pause_s, failing = "", min(_TICK_S, self._interval_s), False
+        while self._wait(pause_s, for_checkpoint=not failing):
             try:
                 self.sync()
-                said, pause_s = "", self._interval_s
+                said, pause_s, failing = "", self._interval_s, False
             except LockLost:
                 return  # the lock says so, and `sync` raises it to the run
             except (OSError, DataError, DoesNotFit) as error:
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s, failing = min(2 * pause_s, _LONGEST_PAUSE_S), True
                 cause = f"{type(error).__name__} {error.__cause__ or error}"
                 if cause != said:
                     logger.warning("%s is not up to date, trying again: %s", self._remote.uri, error)
                 said = cause
+
+    def _wait(self, pause_s: float, *, for_checkpoint: bool) -> bool:
+        """Wait for the time or for a new checkpoint; False once closed."""
+        deadline = time.monotonic() + pause_s
+        while (left := deadline - time.monotonic()) > 0:
+            if self._closing.wait(min(left, _TICK_S)):
+                return False
+            if for_checkpoint and next(iter(local_checkpoints(self.folder)), None) != self._newest:
+                break
+        return not self._closing.is_set()
 
     def close(self) -> None:
         """Let the thread end after the file that it is at."""
@@ -119,6 +132,7 @@ class Mirror:
         if self._states is None:
             self._states = self._read_states()
         checkpoints = local_checkpoints(self.folder)  # before metrics.jsonl, whose lines they count on
+        self._newest = next(iter(checkpoints), None)
         for name in FIRST_FILES:
             self._send(name)
         newest_is_there = False
@@ -155,9 +169,7 @@ class Mirror:
                 if name == RESULT:
                     self._require_lock()
                 self._remote.write(name, _whole_lines(name, path.read_bytes()))
-        except FileNotFoundError:
-            if path.exists():
-                raise
+        except FileNotFoundError:  # here: it has vanished, or is being replaced
             return
         self._sent[name] = mark
 
@@ -177,8 +189,7 @@ class Mirror:
                 if file.name != STATE:
                     self._remote.upload(file, f"{CHECKPOINTS}/{name}/{file.name}")
         except FileNotFoundError:
-            if _reads(path / STATE, state):
-                raise  # nothing has changed here, so it is the remote side
+            return False
         if not _reads(path / STATE, state):
             return False  # replaced or deleted while it was copied; the next pass copies what is there then
         self._send(METRICS)

@@ -1,0 +1,81 @@
+"""Where data lies: verbs take folders and URIs alike, and work on local copies of what is remote."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from penstock.storage.errors import DataError
+from penstock.storage.manifest import MANIFEST
+from penstock.storage.progress import Progress, silent
+from penstock.storage.remote.config import is_uri, local_copy
+from penstock.storage.remote.files import open_remote
+from penstock.storage.remote.hostlock import flocked
+from penstock.storage.remote.pull import fetch
+from penstock.storage.remote.stage import read_remote_manifest, stage
+
+
+def local_dataset(location: Path | str, stage_dir: Path | None = None, *, progress: Progress = silent) -> Path:
+    """The folder of a graph store; one at a URI is copied to `stage_dir` first, unless it is there."""
+    if not is_uri(location):
+        return Path(location)
+    return stage(str(location), local_copy(str(location), "datasets", stage_dir), progress=progress)
+
+
+def local_run(location: Path | str, stage_dir: Path | None = None) -> tuple[Path, list[str] | None]:
+    """The folder of a run that is to be read, and for a URI the names of its checkpoints, which are not copied.
+
+    DataError where there is no run at the URI.
+    """
+    if not is_uri(location):
+        return Path(location), None
+    uri = str(location)
+    folder = local_copy(uri, "read-runs", stage_dir)  # not "runs": a training of this host may be at work there
+    folder.mkdir(parents=True, exist_ok=True)
+    with flocked(folder / ".fetch.lock", wait_s=600.0):
+        checkpoints = fetch(uri, folder)
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{uri} has no config.yaml: there is no run; give the URI of a run folder")
+    return folder, checkpoints
+
+
+@contextmanager
+def local_output(location: Path | str) -> Iterator[Path]:
+    """A path to write one file to; for a URI it is uploaded when all went well."""
+    if not is_uri(location):
+        yield Path(location)
+        return
+    uri = str(location)
+    open_remote(uri.rsplit("/", 1)[0])  # a wrong URI is found before the work
+    with tempfile.TemporaryDirectory(prefix="penstock-out-") as folder:
+        path = Path(folder) / uri.rsplit("/", 1)[1]
+        yield path
+        publish_file(path, uri)
+
+
+def publish_file(path: Path, uri: str) -> None:
+    """Copy a finished local file to a URI."""
+    folder, _, name = uri.rpartition("/")
+    open_remote(folder).upload(path, name)
+
+
+def upload_store(folder: Path, uri: str, *, progress: Progress = silent) -> None:
+    """Copy a local graph store to a URI, its manifest last; ValueError where another store is there.
+
+    A killed upload starts over, but for the files that are there in their size.
+    """
+    remote = open_remote(uri)
+    data = (folder / MANIFEST).read_bytes()
+    there = remote.read_if_there(MANIFEST)
+    if there is not None and there != data:
+        raise ValueError(f"{remote.uri} holds another store; choose another URI, or delete what is there")
+    if there == data:
+        return
+    _, manifest = read_remote_manifest(open_remote(folder.absolute().as_uri()))
+    total, done = sum(entry.bytes for entry in manifest.files), 0
+    for entry in manifest.files:
+        progress("upload", done, total, "bytes")
+        remote.upload(folder / entry.name, entry.name)
+        done += entry.bytes
+    remote.write(MANIFEST, data)
+    progress("upload", done, total, "bytes")
