@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.redaction import redact_text
 
 _TERMINATION_LOG = "/dev/termination-log"
 _TERMINATION_BYTES = 4096
@@ -45,6 +46,6 @@ def write_termination_log(error: BaseException, code: int) -> None:
     if path is None and "KUBERNETES_SERVICE_HOST" in os.environ and Path(_TERMINATION_LOG).exists():
         path = _TERMINATION_LOG
     if path:
-        reason = f"penstock: exit code {code}: {type(error).__name__}: {error}".encode()
+        reason = redact_text(f"penstock: exit code {code}: {type(error).__name__}: {error}").encode()
         with suppress(OSError):
             Path(path).write_bytes(reason[:_TERMINATION_BYTES].decode(errors="ignore").encode())

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,9 @@ import pytest
 
 from penstock.cluster import jobs as jobs_module
 from penstock.cluster.jobs import Jobs, open_jobs
+from penstock.config import load_config
+from penstock.launch_options import SubmitOptions
+from penstock.launch_verbs import run_submit, submission_id
 from penstock.storage.graph import GraphStore
 
 pytestmark = [
@@ -92,6 +96,7 @@ def cluster() -> Iterator[Cluster]:
         yield found
     finally:
         found.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -195,13 +200,44 @@ def test_a_failed_run_has_its_own_exit_code_and_is_submitted_again(
 ) -> None:
     arguments = (str(tiny_graph.path), "--run-dir=run", "--host-memory=1KiB", "--json", *ARGUMENTS)
     first = submit(cluster, *arguments, cwd=tmp_path)
-    assert first.returncode == 4
+    assert first.returncode == 4, first.stderr
     assert "is too small" in first.stderr
     said = json.loads(first.stdout)
     assert said["status"] == "FAILED" and said["exit_code"] == 4 and not said["attached"]
     again = json.loads(submit(cluster, *arguments, "--no-wait", cwd=tmp_path).stdout)
     assert again["submission_id"] == f"{said['submission_id']}-r2" and again["exit_code"] == 0
-    attached = submit(cluster, *arguments, cwd=tmp_path)
-    assert attached.returncode == 4
-    found = json.loads(attached.stdout)
-    assert found["submission_id"].startswith(said["submission_id"]) and found["submission_id"] != said["submission_id"]
+
+
+def test_a_job_that_runs_is_followed_and_not_submitted(
+    cluster: Cluster, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(flags={"dataset": tmp_path / "graph", "run_dir": tmp_path / "run"})
+    base = submission_id(config)
+    jobs.submit(base, "echo working; sleep 3; exit 75", tmp_path)
+    there = SubmitOptions(address=cluster.address)
+    with pytest.raises(ValueError, match=f"stop it first: ray job stop {base}"):
+        run_submit(config, there, force=True, copy=None, quiet=False)
+    assert run_submit(config, there, force=False, copy=tmp_path / "result.json", quiet=False) == 75
+    said = capsys.readouterr().out
+    assert "runs already" in said and "working\n" in said and "exit code 75" in said
+    assert [job.id for job in jobs.attempts(base)] == [base]
+    copy = json.loads((tmp_path / "result.json").read_text())  # the run left none
+    assert copy["status"] == "failed" and copy["submission"]["exit_code"] == 75
+
+
+def test_an_interrupt_leaves_the_job_running(cluster: Cluster, jobs: Jobs, tmp_path: Path) -> None:
+    base = submission_id(load_config(flags={"dataset": tmp_path / "graph", "run_dir": tmp_path / "run"}))
+    jobs.submit(base, "echo working; sleep 600", tmp_path)
+    command = [sys.executable, "-m", "penstock", "submit", "graph", "--run-dir=run", f"--address={cluster.address}"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as following:
+        assert following.stdout is not None and following.stderr is not None
+        for line in following.stdout:
+            if line == "working\n":
+                break
+        following.send_signal(signal.SIGINT)
+        assert following.wait(timeout=60) == 130
+        assert f"the job goes on; to stop it: ray job stop {base}" in following.stderr.read()
+    assert jobs.find(base).status == "RUNNING"

@@ -112,11 +112,11 @@ def test_a_wrong_configuration_is_refused_before_the_cluster_is_asked(capsys: py
 
 def test_kubernetes_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "termination-log"
-    error = DataError("row 7 is not finite; " + "é" * 5000)
+    error = DataError("row 7 of s3://me:hunter2@host/g is not finite; " + "é" * 5000)
     exit_codes.write_termination_log(error, 3)  # outside of a pod
     monkeypatch.setenv("PENSTOCK_TERMINATION_LOG", str(log))
     exit_codes.write_termination_log(error, 3)
-    assert log.read_text().startswith("penstock: exit code 3: DataError: row 7 is not finite")
+    assert log.read_text().startswith("penstock: exit code 3: DataError: row 7 of s3://***@host/g is")
     assert 4000 < len(log.read_bytes()) <= 4096
     monkeypatch.setenv("PENSTOCK_TERMINATION_LOG", str(tmp_path / "nowhere" / "log"))
     exit_codes.write_termination_log(error, 3)  # never a second error
