@@ -230,14 +230,17 @@ def has_window(folder: Path, window: int) -> bool:
     return (folder / window_name(window, "json")).is_file()
 
 
+def parse_pack_index(value: dict[str, Any], origin: Path) -> PackIndex:
+    """Make an index of its JSON; FormatError where it is malformed."""
+    try:
+        return PackIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    except TypeError as error:
+        raise FormatError(f"{origin} is malformed ({error}); pack again") from error
+
+
 def read_pack_index(folder: Path, window: int) -> PackIndex:
     """Read a finished window's index; FormatError where it is damaged or its pack has another size."""
-    pairs = read_json(folder / window_name(window, "json")).items()
-    value: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in pairs}
-    try:
-        index = PackIndex(**value)
-    except TypeError as error:
-        raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error}); pack again") from error
+    index = parse_pack_index(read_json(folder / window_name(window, "json")), folder / window_name(window, "json"))
     pack = folder / window_name(window, "pack")
     size, wanted = pack.stat().st_size, index.offsets[-1] + index.bytes[-1]
     if size != wanted:

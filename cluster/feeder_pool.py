@@ -1,0 +1,228 @@
+"""A number of feeders that is kept: dead ones are replaced, here by processes of this machine, by Ray in `feeders`.
+
+Nobody waits in `poll`, which the loop that drives training calls now and then.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from penstock.cluster.feeder import FeederSpec, open_feeder, sweep
+from penstock.storage.lifeline import end_with
+from penstock.storage.transfer import Address, Refused, connect, new_token
+
+logger = logging.getLogger(__name__)
+
+_STATUS_S = 2.0
+_STOP_S = 10.0
+_POLL_S = 0.02
+
+
+class Handle(Protocol):
+    """A feeder that was started."""
+
+    address: Address | None
+    where: str
+
+    def look(self) -> str | None:
+        """Take news in, without waiting; why it is of no more use, or None."""
+
+    def stop(self) -> None:
+        """End it, and what it left on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A feeder that was replaced, or could not be any more."""
+
+    where: str
+    cause: str
+    is_replaced: bool
+
+
+class FeederPool:
+    """Keeps `count` feeders alive, replacing at most `retries` times `count` of them; used by one thread.
+
+    `losses` are those that were lost; `addresses` those that can be asked now.
+    """
+
+    def __init__(self, start: Callable[[], Handle], token: bytes, *, count: int, retries: int) -> None:
+        self.token = token
+        self._start, self._count, self._left = start, count, retries * count
+        self._handles: list[Handle] = []
+        self.losses: list[Loss] = []
+        for _ in range(count):
+            self._handles.append(start())
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Of the feeders that are ready."""
+        return [handle.address for handle in self._handles if handle.address is not None]
+
+    def poll(self) -> bool:
+        """Replace dead feeders; whether `addresses` changed since the last call. Never waits."""
+        before = self.addresses
+        for handle in list(self._handles):
+            cause = handle.look()
+            if cause is not None:
+                self._lose(handle, cause)
+        return self.addresses != before
+
+    def replace(self, address: Address, cause: str) -> None:
+        """End a feeder that somebody found useless (see `Puller.faults`), and start another; no error if it is gone."""
+        for handle in list(self._handles):
+            if handle.address == address:
+                self._lose(handle, cause)
+
+    def _lose(self, handle: Handle, cause: str) -> None:
+        self._handles.remove(handle)
+        handle.stop()
+        is_replaced = self._left > 0
+        self.losses.append(Loss(where=handle.where, cause=cause, is_replaced=is_replaced))
+        if is_replaced:
+            self._left -= 1
+            self._handles.append(self._start())
+        logger.warning(
+            "the feeder on %s was lost (%s); %s",
+            handle.where,
+            cause,
+            "another is started" if is_replaced else "no more",
+        )
+
+    def wait_ready(self, timeout_s: float, count: int = 1) -> list[Address]:
+        """Wait until `count` feeders can be asked; RuntimeError, naming the causes, where they are not in time."""
+        ends = time.monotonic() + timeout_s
+        while True:
+            self.poll()
+            if len(self.addresses) >= count:
+                return self.addresses
+            if time.monotonic() > ends or not self._handles:
+                causes = "; ".join(f"{loss.where}: {loss.cause}" for loss in self.losses) or "none of them died"
+                raise RuntimeError(
+                    f"{len(self.addresses)} of {self._count} feeders are ready after {timeout_s:.0f} s, wanted {count} "
+                    f"({causes}); see that their nodes have free cores, or set fewer feeders"
+                )
+            time.sleep(_POLL_S)
+
+    def status(self) -> list[dict[str, Any]]:
+        """What each ready feeder says of itself, and where it is; a feeder that does not answer in time is left out."""
+        found: list[dict[str, Any]] = []
+        for handle in self._handles:
+            if handle.address is not None:
+                try:
+                    with connect(handle.address, self.token, timeout_s=_STATUS_S) as client:
+                        found.append(client.ask({"op": "status"})[0] | {"where": handle.where})
+                except (OSError, Refused) as error:
+                    logger.info("no status of the feeder on %s: %s", handle.where, error)
+        return found
+
+    def close(self) -> None:
+        """End all of them."""
+        while self._handles:
+            self._handles.pop().stop()
+
+
+def _serve(spec: FeederSpec, token: bytes, pipe: Connection, parent: int) -> None:
+    """A feeder's process: tell the address, then serve until the other end of the pipe is closed."""
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
+    try:
+        with open_feeder(spec, token) as (_, address):
+            pipe.send(address)
+            pipe.poll(None)
+    except Exception as error:  # the process's boundary
+        pipe.send(str(error) or repr(error))
+        raise SystemExit(1) from None
+
+
+class FeederProcess:
+    """A feeder in a child process; see `Handle`."""
+
+    def __init__(self, spec: FeederSpec, token: bytes) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.address: Address | None = None
+        self._folder, self._error = spec.folder, ""
+        self._process: BaseProcess = context.Process(
+            target=_serve, args=(spec, token, theirs, os.getpid()), name="penstock-feeder", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.where = f"this machine (process {self._process.pid})"
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def look(self) -> str | None:
+        """See `Handle`."""
+        try:
+            if self._pipe.poll():
+                found = self._pipe.recv()
+                if isinstance(found, str):
+                    self._error = found
+                else:
+                    self.address = found
+        except (EOFError, OSError):
+            pass  # the process is ending; its exit code tells more
+        code = self._process.exitcode
+        return None if code is None else self._error or f"it died with exit code {code} (negative: of that signal)"
+
+    def stop(self) -> None:
+        """See `Handle`."""
+        self.address = None
+        self._pipe.close()
+        self._process.join(_STOP_S if self._process.exitcode is None and not _is_frozen(self.pid) else 0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(_STOP_S)
+        sweep(self._folder)
+
+
+def _is_frozen(pid: int) -> bool:
+    """Whether a process was stopped by a signal, and so cannot end in good order."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+@contextmanager
+def open_feeder_processes(
+    graph: Path,
+    folder: Path,
+    *,
+    count: int,
+    threads: int = 1,
+    disk_bytes: int | None = None,
+    memory: int | None = None,
+    retries: int = 3,
+) -> Iterator[FeederPool]:
+    """Start feeders as processes of this machine, on the loopback; none of them, and no file, is left afterwards.
+
+    Their disk folders are in `folder`. To be called from the main thread of a program that lives as long, with the
+    usual `if __name__ == "__main__"`. They may not be ready yet: see `wait_ready`.
+    """
+    token = new_token()
+    spec = FeederSpec(
+        graph=graph.absolute(), folder=folder.absolute(), threads=threads, disk_bytes=disk_bytes, memory=memory
+    )
+    pool = FeederPool(lambda: FeederProcess(spec, token), token, count=count, retries=retries)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        sweep(spec.folder)
+        with suppress(OSError):
+            spec.folder.rmdir()
