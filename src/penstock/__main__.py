@@ -179,32 +179,42 @@ def quickstart(
 @app.command
 def ingest(
     source: Path,
-    out: Path,
+    out: str,
     *,
     format: Literal["auto", "parquet", "npy", "ogb"] = "auto",
     nodes: Path | None = None,
     edges: Path | None = None,
     set: list[str] | None = None,
     host_memory: str = "1GiB",
+    stage_dir: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Turn Parquet tables, NumPy arrays or an OGB folder into a graph store.
 
     Args:
         source: Folder with nodes.parquet and edges.parquet, with .npy files, or an OGB dataset.
-        out: Folder of the graph store to make.
+        out: Folder or URI of the graph store to make.
         format: What the source is; auto looks at its files.
         nodes: Node table (file or folder of files) if it is not source/nodes.parquet.
         edges: Edge table if it is not source/edges.parquet.
         set: An ingest option: --set undirected=true, --set self_loops=add, --set deduplicate=true,
             --set feature_dtype=float16; `penstock inspect --ingest-options` lists them.
         host_memory: Bytes that ingest may use.
+        stage_dir: Local folder where a store for a URI is built.
         quiet: No progress.
     """
     from penstock.data_verbs import run_ingest
 
     run_ingest(
-        source, out, format=format, nodes=nodes, edges=edges, options=set or [], host_memory=host_memory, quiet=quiet
+        source,
+        out,
+        stage_dir=stage_dir,
+        format=format,
+        nodes=nodes,
+        edges=edges,
+        options=set or [],
+        host_memory=host_memory,
+        quiet=quiet,
     )
 
 

@@ -8,12 +8,15 @@ from pydantic import BaseModel, ValidationError
 
 from penstock.display import print_table, progress
 from penstock.inspection import describe_graph
+from penstock.locations import upload_store
 from penstock.overrides import explain, parse_override
 from penstock.storage.budget import format_bytes, parse_bytes
 from penstock.storage.errors import DataError
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy, ingest_ogb, ingest_parquet
+from penstock.storage.remote.config import is_uri, local_copy
+from penstock.storage.remote.files import open_remote
 
 Options = TypeVar("Options", bound=BaseModel)
 SourceFormat = Literal["auto", "parquet", "npy", "ogb"]
@@ -50,8 +53,9 @@ def _show_graph(graph: GraphStore) -> None:
 
 def run_ingest(
     source: Path,
-    out: Path,
+    out: Path | str,
     *,
+    stage_dir: Path | None = None,
     format: SourceFormat,
     nodes: Path | None,
     edges: Path | None,
@@ -59,12 +63,16 @@ def run_ingest(
     host_memory: str,
     quiet: bool,
 ) -> None:
-    """`penstock ingest`."""
+    """`penstock ingest`; a store at a URI is built locally, then uploaded."""
     chosen = _options(IngestOptions, options)
     if not source.exists():
         raise DataError(f"{source} does not exist; give the folder with the tables")
     format = _detect(source) if format == "auto" else format
     budget = parse_bytes(host_memory)
+    uri = str(out) if is_uri(out) else None
+    if uri is not None:
+        open_remote(uri)  # a wrong URI is found before the work
+    out = Path(out) if uri is None else local_copy(uri, "built", stage_dir)
     with progress(quiet=quiet) as show:
         if format == "parquet":
             tables = (nodes or source / "nodes.parquet", edges or source / "edges.parquet")
@@ -72,6 +80,8 @@ def run_ingest(
         else:
             read = ingest_npy if format == "npy" else ingest_ogb
             graph = read(source, out, chosen, host_memory=budget, progress=show)
+        if uri is not None:
+            upload_store(out, uri, progress=show)
     _show_graph(graph)
 
 

@@ -160,29 +160,29 @@ class RemoteFolder:
         return True
 
     def upload(self, source: Path, name: str) -> None:
-        """Copy a local file there and check its size; FileNotFoundError where the local file has gone."""
-        size = source.stat().st_size
-        vanished: list[FileNotFoundError] = []
+        """Copy a local file there and check its size; FileNotFoundError where the local file goes meanwhile."""
+        before = source.stat()
+        size = before.st_size
+        gone = FileNotFoundError(f"{source} has gone or was replaced while it was copied")
 
-        def put(path: str) -> None:
+        def put(path: str) -> bool:
             try:
-                copy(path)
-            except FileNotFoundError as error:
-                if source.exists():
-                    raise
-                vanished.append(error)  # here and not there
+                if self._is_local:
+                    with open(source, "rb") as given:
+                        _replace_local(Path(path), lambda file: _copy(given, file))
+                else:
+                    self._files.put_file(str(source), path)
+                return True
+            except FileNotFoundError:
+                if _is_still(source, before):
+                    raise  # so it is the other side
+                return False
 
-        def copy(path: str) -> None:
-            if not self._is_local:
-                self._files.put_file(str(source), path)
-                return
-            with open(source, "rb") as given:
-                _replace_local(Path(path), lambda file: _copy(given, file))
-
-        self._call("upload", name, put, size)
-        if vanished:
-            raise vanished[0]
+        if not self._call("upload", name, put, size):
+            raise gone
         if (there := self.size(name)) != size:
+            if not _is_still(source, before):
+                raise gone
             raise RemoteError(f"{self.uri_of(name)} has {there} bytes after the upload of {size} from {source}")
 
     def delete(self, name: str) -> None:
@@ -224,6 +224,14 @@ class RemoteFolder:
                 time.sleep(pause_s)
                 pause_s *= 2
         raise AssertionError("there is at least one try")
+
+
+def _is_still(path: Path, before: os.stat_result) -> bool:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return False
+    return (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
 
 
 def _copy(source: Any, target: Any) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -220,6 +221,21 @@ def test_a_store_is_uploaded_with_its_manifest_last(store: Path, tmp_path: Path)
     other = generate_graph(tmp_path / "other", GenerateConfig(num_nodes=500, num_features=8), host_memory=32 << 20)
     with pytest.raises(ValueError, match="holds another store"):
         upload_store(other.path, there.as_uri())
+
+
+def test_a_store_is_ingested_to_a_uri(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "bucket" / "graph"
+    source.mkdir()
+    np.save(source / "features.npy", np.ones((4, 2), np.float32))
+    np.save(source / "labels.npy", np.array([0, 1, 0, 1]))
+    np.save(source / "edge_index.npy", np.array([[0, 1, 2], [1, 2, 3]]))
+    np.save(source / "train_ids.npy", np.array([0, 1]))
+    with pytest.raises(SystemExit) as ended:
+        main(["ingest", str(source), out.as_uri(), "--stage-dir", str(tmp_path / "host"), "--quiet"])
+    assert ended.value.code == 0
+    graph = open_graph(out)
+    graph.validate()
+    assert (graph.num_nodes, graph.num_edges) == (4, 3)
 
 
 def test_a_folder_left_by_a_killed_process_of_another_host_is_opened_with_a_warning(
