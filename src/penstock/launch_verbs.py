@@ -111,8 +111,10 @@ def _find_or_submit(jobs: "Jobs", value: dict[str, Any], force: bool) -> tuple["
         attempts = jobs.attempts(base)
         last = attempts[-1] if attempts else None
         if last is not None and force and not last.is_over:
-            raise ValueError(f"{last.id} is {last.status.lower()}, and --force would delete its files; stop it first: "
-                             f"{_stop_command(jobs, last)}")  # fmt: skip
+            raise ValueError(
+                f"{last.id} is {last.status.lower()}, and --force would delete its files; "
+                f"stop it first: {_stop_command(jobs, last)}"
+            )
         if last is not None and not force and (last.succeeded or not last.is_over):
             return last, False
         number = 1 if last is None else int(last.id[len(base) + 2 :] or 1) + 1
