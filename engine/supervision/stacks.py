@@ -5,6 +5,8 @@ The file is opened when a process starts, so that it can be written to however b
 for as long as that takes. Nothing here imports more than Python has: Ray runs it in small tasks on other nodes.
 """
 
+import contextlib
+import ctypes
 import faulthandler
 import os
 import re
@@ -42,9 +44,10 @@ def collect(pids: Mapping[int, int], files: Mapping[int, Path]) -> dict[int, str
     Takes 2 s at most. Processes that were stopped by a signal are stopped again; they may have gone on a little.
     """
     before = {rank: _size(path) for rank, path in files.items()}
-    asked = [rank for rank, pid in pids.items() if _listens(pid) and _send(pid, _SIGNAL)]
-    frozen = {rank for rank in asked if _state(pids[rank]) in ("T", "t")}
-    found = _read([rank for rank in asked if rank not in frozen], files, before)
+    asked = [rank for rank, pid in pids.items() if _listens(pid) and _ask(pid)]
+    found = _read([rank for rank in asked if _state(pids[rank]) not in ("T", "t")], files, before)
+    # not before now: a process may take a while to come to a stop
+    frozen = {rank for rank in asked if rank not in found and _state(pids[rank]) in ("T", "t")}
     for rank in sorted(frozen):
         _send(pids[rank], signal.SIGCONT)  # what was sent before is handled first
     for rank, text in _read(sorted(frozen), files, before).items():
@@ -75,6 +78,13 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _ask(pid: int) -> bool:
+    """Send the signal to the main thread, so that it writes before it goes on, where that was stopped."""
+    with contextlib.suppress(AttributeError):  # glibc 2.30 and later have it
+        return bool(ctypes.CDLL(None).tgkill(pid, pid, int(_SIGNAL)) == 0)
+    return _send(pid, _SIGNAL)
 
 
 def _send(pid: int, number: int) -> bool:
