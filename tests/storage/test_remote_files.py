@@ -1,4 +1,5 @@
 import http.server
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -108,13 +109,10 @@ def test_what_is_no_uri_of_a_folder_is_refused(uri: str) -> None:
 
 
 def test_a_missing_library_is_named_with_its_extra() -> None:
-    try:
-        import gcsfs  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingDependency, match=r"pip install 'penstock\[gcs\]'"):
-            open_remote("gs://bucket/folder")
-    else:
+    if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed here")
+    with pytest.raises(MissingDependency, match=r"pip install 'penstock\[gcs\]'"):
+        open_remote("gs://bucket/folder")
 
 
 @pytest.mark.parametrize("protocol", ["file", "memory"])

@@ -57,9 +57,11 @@ def payload(folder: Path) -> dict[str, bytes]:
 
 def test_a_store_is_copied_whole_and_then_reused(source: Path, tmp_path: Path, small_pieces: None) -> None:
     shown: list[tuple[int, int]] = []
-    out = stage(
-        source.as_uri(), tmp_path / "copy", progress=lambda _, done, total, __, **___: shown.append((done, total))
-    )
+
+    def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        shown.append((done, total))
+
+    out = stage(source.as_uri(), tmp_path / "copy", progress=show)
     assert payload(out) == payload(source)
     open_graph(out).validate()
     assert shown[0][0] == 0 and shown[-1][0] == shown[-1][1] > 100_000
