@@ -406,6 +406,8 @@ def sweep(folder: Path) -> None:
 def own_folder(folder: Path) -> Iterator[Path]:
     """Make a folder in the shared one, which is deleted when the context is left, or by whoever sweeps after a kill."""
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # a well-known name in /tmp may be another user's trap
+        raise PermissionError(f"{folder} belongs to user {folder.stat().st_uid}; delete it, or choose another folder")
     sweep(folder)
     own = folder / f"feeder-{os.getpid()}-{secrets.token_hex(4)}"
     own.mkdir(mode=0o700)

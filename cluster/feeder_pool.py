@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,7 @@ class FeederPool:
         self.token = token
         self._start, self._count, self._left = start, count, retries * count
         self._handles: list[Handle] = []
+        self._ends: list[threading.Thread] = []
         self.losses: list[Loss] = []
         for _ in range(count):
             self._handles.append(start())
@@ -85,7 +87,7 @@ class FeederPool:
 
     def _lose(self, handle: Handle, cause: str) -> None:
         self._handles.remove(handle)
-        handle.stop()
+        self._end(handle)
         is_replaced = self._left > 0
         self.losses.append(Loss(where=handle.where, cause=cause, is_replaced=is_replaced))
         if is_replaced:
@@ -125,10 +127,17 @@ class FeederPool:
                     logger.info("no status of the feeder on %s: %s", handle.where, error)
         return found
 
+    def _end(self, handle: Handle) -> None:
+        """Let a feeder end on a thread of its own: that may take a while, and nobody shall wait for it."""
+        self._ends.append(threading.Thread(target=handle.stop, name="penstock-feeder-end", daemon=True))
+        self._ends[-1].start()
+
     def close(self) -> None:
         """End all of them."""
         while self._handles:
-            self._handles.pop().stop()
+            self._end(self._handles.pop())
+        for thread in self._ends:
+            thread.join()
 
 
 def _serve(spec: FeederSpec, token: bytes, pipe: Connection, parent: int) -> None:

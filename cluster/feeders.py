@@ -94,9 +94,10 @@ class FeederHandle:
     def _sweep(self) -> None:
         ray.kill(self._actor, no_restart=True)
         place = NodeAffinitySchedulingStrategy(self.node, soft=False)
-        task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(sweep)
+        task: Any = ray.remote(sweep)
         try:
-            ray.get(task.remote(self._folder), timeout=_STOP_S)
+            options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
+            ray.get(task.options(**options).remote(self._folder), timeout=_STOP_S)
         except (RayError, TimeoutError) as error:
             logger.warning("what a feeder left in %s on node %s stays: %s", self._folder, self.node, error)
 

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,13 @@ def content(batch: MiniBatch) -> Content:
     return (batch.step, batch.item, batch.epoch, batch.num_seeds, *(t.numpy().tobytes() for t in tensors))
 
 
+@pytest.fixture(autouse=True)
+def no_lane_left() -> Iterator[None]:
+    """After a test, every lane must have ended."""
+    yield
+    assert "penstock-lane" not in [thread.name for thread in threading.enumerate()]
+
+
 @pytest.fixture(scope="module")
 def expected(tiny_graph: GraphStore, tmp_path_factory: pytest.TempPathFactory) -> list[Content]:
     """All steps, from memory."""
@@ -79,7 +86,6 @@ def pulled(addresses: list[Address], token: bytes, packs: Path, **changes: Any) 
     with open_pulled_feed(addresses, token, packs=packs, **(options | changes)) as found:
         yield found
     assert not packs.exists()
-    assert not [t.name for t in threading.enumerate() if t.name == "penstock-lane"]
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -132,6 +138,20 @@ def test_other_policies_and_deals(pool: FeederPool, expected: list[Content], tmp
     ) as found:
         batches = [content(batch) for batch in found.feed]
     assert [batch[4:] for batch in batches] == [expected[deal.whole(own)][4:] for own in range(12)]
+
+
+def test_replicas_in_lockstep_share_feeders(pool: FeederPool, expected: list[Content], tmp_path: Path) -> None:
+    deals = [Deal(replicas=2, rank=rank, group_items=2, epoch_items=11) for rank in range(2)]
+    with ExitStack() as stack:
+        feeds = [
+            stack.enter_context(
+                pulled(pool.addresses, pool.token, tmp_path / str(deal.rank), deal=deal, shares=2, stop_step=15)
+            ).feed
+            for deal in deals
+        ]
+        for own in range(15):
+            for deal, feed in zip(deals, feeds, strict=True):
+                assert content(next(feed))[4:] == expected[deal.whole(own)][4:]
 
 
 def test_evaluation_is_fed_the_same_way(pool: FeederPool, tiny_graph: GraphStore, tmp_path: Path) -> None:
