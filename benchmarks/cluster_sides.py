@@ -121,7 +121,7 @@ class Reducer:
     def step(self, floats: int, times: int) -> None:
         """Backward, then our sum."""
         model = self._model(floats)
-        rows = torch.ones(64, model[0].in_features)
+        rows = torch.ones(64, next(model.parameters()).shape[1])
         parameters = list(model.parameters())
 
         def once() -> None:
@@ -141,7 +141,7 @@ class Reducer:
         if self._ddp is None:
             self._ddp = nn.parallel.DistributedDataParallel(self._model(floats))
         model: Any = self._ddp
-        rows = torch.ones(64, model.module[0].in_features)
+        rows = torch.ones(64, next(model.parameters()).shape[1])
 
         def once() -> None:
             model.zero_grad(set_to_none=True)

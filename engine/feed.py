@@ -192,8 +192,8 @@ def open_pack_feed(
     Step s is item s % num_items of a `reuse` pack set, item s of a `rolling` one. `producer_check` raises when the
     process that makes rolling windows is gone; without it, a missing window is an error at once. `delete_behind`
     deletes windows behind the feed: as soon as their last batch is given back, or, without `auto_release`, when
-    `feed.release(step)` says that nothing before `step` is wanted again. Of `graph` only the rows are read that fill the
-    tiers before the first step.
+    `feed.release(step)` says that nothing before `step` is wanted again. Of `graph` only the rows are read that fill
+    the tiers before the first step.
 
     Raises FormatError where packs are damaged or of another graph, DoesNotFit where `host_memory` is too small.
     """

@@ -19,6 +19,7 @@ from penstock.engine.minibatch import MiniBatch
 from penstock.engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from penstock.engine.reduce import PairwiseSum
 from penstock.engine.trainstate import seed_step
+from penstock.storage.spans import TRACE
 
 SumOver = Callable[[Tensor], None]
 
@@ -101,7 +102,9 @@ class Stepper:
         if sum_over is not None:
             began = time.perf_counter()
             sum_over(vector)
-            self.reduce_s += time.perf_counter() - began
+            ended = time.perf_counter()
+            self.reduce_s += ended - began
+            TRACE.add("reduce", "gradients", began, ended)
         vector[:-1].div_(vector[-1].clone())
         at = 0
         for parameter in self._parameters:

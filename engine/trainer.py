@@ -23,6 +23,7 @@ from penstock.engine.trainconfig import TrainConfig
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop, update_rate
 from penstock.engine.trainstate import Stopped, TrainResult, TrainState, seed_step
 from penstock.storage.progress import Progress, silent
+from penstock.storage.spans import TRACE
 
 __all__ = ["Evaluate", "OpenFeed", "Stopped", "TrainConfig", "TrainResult", "TrainState", "Trainer", "seed_step"]
 
@@ -121,6 +122,7 @@ class _LocalWorkers(ModelState):
         losses: list[ItemLoss] = []
         self.stepper.begin_group()
         for step in range(start, stop):
+            TRACE.at(step)
             began = time.perf_counter()
             batch = next(self._batches, None)
             got = time.perf_counter()
@@ -128,11 +130,16 @@ class _LocalWorkers(ModelState):
                 raise RuntimeError(f"the feed ended at step {step} of {self._total_steps}")
             assert batch.step == step, f"the feed gave step {batch.step}, wanted {step}"
             losses.append((step, batch.num_seeds, self.stepper.add(batch, step)))
+            ended = time.perf_counter()
             self.times["stall"] += got - began
-            self.times["compute"] += time.perf_counter() - got
+            self.times["compute"] += ended - got
+            TRACE.add("stall", f"item {step}", began, got)
+            TRACE.add("compute", f"item {step}", got, ended)
         began = time.perf_counter()
         self.stepper.step(update_rate(self._config, start, self._items_per_epoch))
-        self.times["compute"] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.times["compute"] += ended - began
+        TRACE.add("compute", "update", began, ended)
         return losses
 
     def evaluate(self) -> Mapping[str, Metrics]:

@@ -23,6 +23,7 @@ from penstock.engine.optim import learning_rate
 from penstock.engine.trainconfig import TrainConfig
 from penstock.engine.trainstate import Stopped, TrainResult, TrainState
 from penstock.storage.progress import Progress, silent
+from penstock.storage.spans import TRACE
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,9 @@ class TrainLoop:
         write_checkpoint(self._checkpoints, self.state.step, state, tensors, keep=self.config.keep_checkpoints)
         self._saved_at, self._saved = time.monotonic(), (self.state.step, self.state.epochs_done)
         self.workers.release(self.state.step)  # a resumed run starts here, so a rolling feed may drop what lies before
-        self._times["checkpoint"] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self._times["checkpoint"] += ended - began
+        TRACE.add("checkpoint", f"step {self.state.step}", began, ended)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:

@@ -408,6 +408,7 @@ def run(command: Callable[[], object]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code = exit_codes.exit_code(error)
         logs.say_error(error, with_traceback=code == exit_codes.INTERNAL)
+        exit_codes.write_termination_log(error, code)
         return code
     return exit_codes.OK
 

@@ -20,6 +20,7 @@ from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.storage.budget import parse_bytes
+from penstock.storage.redaction import refuse_secrets
 from penstock.storage.remote.config import RemoteConfig, is_uri, local_copy
 from penstock.tracking.config import TrackConfig
 
@@ -226,6 +227,7 @@ def load_config(
     for dotted, item in (flags or {}).items():
         if item is not None:
             assign(value, dotted, item)
+    refuse_secrets(value)  # before anything prints what it is given
     try:
         return RunConfig.model_validate(value)
     except ValidationError as error:

@@ -8,7 +8,7 @@
 | 3 | data: invalid, damaged, missing |
 | 4 | does not fit: memory, device or disk |
 | 5 | an optional dependency is missing |
-| 75 | try again: stopped with a checkpoint (EX_TEMPFAIL) |
+| 75 | try again: stopped with a checkpoint (EX_TEMPFAIL), or remote storage does not answer |
 | 130 | interrupted |
 """
 
@@ -29,7 +29,8 @@ def exit_code(error: BaseException) -> int:
     """The exit code that an error ends the process with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if type(error).__name__ == "Stopped":  # engine.trainer's; importing it would load torch for every usage error
+    # of the trainer and of remote storage; importing them would load torch and fsspec for every usage error
+    if type(error).__name__ in ("Stopped", "RemoteError"):
         return RETRY
     for kind, code in ((DataError, DATA), (DoesNotFit, DOES_NOT_FIT), (ImportError, MISSING), (ValueError, USAGE)):
         if isinstance(error, kind):

@@ -82,7 +82,7 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
             start_producer(
                 run.graph.path,
                 prepared.packs,
-                sample_config(run, "train"),
+                sample_config(run.config, "train"),
                 run.config.plan.model_copy(update={"mode": "rolling"}),
                 budgets,
                 start_step=start_step,

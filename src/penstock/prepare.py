@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.config import RunConfig
 from penstock.engine.models import needs_degrees
 from penstock.run import Run
 from penstock.sampler.estimate import DiskRates, PlanSummary
@@ -36,35 +37,37 @@ class Prepared:
     summary: PlanSummary
 
 
-def sample_config(run: Run, split: Split) -> SampleConfig:
+def sample_config(config: RunConfig, split: Split) -> SampleConfig:
     """How a split is sampled; evaluation may have fanouts of its own, and items of a quarter of the size.
 
     Without a host tier all rows of an item are in its extent, so a smaller item keeps it within evaluation's share.
     """
-    config = run.config.sampler.model_copy(update={"degrees": needs_degrees(run.config.model)})
+    sampler = config.sampler.model_copy(update={"degrees": needs_degrees(config.model)})
     if split == "train":
-        return config
-    fanouts = run.config.evaluate.fanouts
-    update: dict[str, Any] = {"batch_size": max(1, config.batch_size // 4)}
+        return sampler
+    fanouts = config.evaluate.fanouts
+    update: dict[str, Any] = {"batch_size": max(1, sampler.batch_size // 4)}
     update |= {} if fanouts is None else {"fanouts": fanouts, "num_neighbors": None}
-    return config.model_copy(update=update)
+    return sampler.model_copy(update=update)
 
 
 def deal_of(run: Run, split: Split) -> Deal | None:
-    """Which items of a split are this replica's; None where there is only one. ValueError where none are."""
-    if run.replicas == 1:
+    """Which items of a split are this replica's, see `deal_items`."""
+    items = count_items(run.graph, split, sample_config(run.config, split).batch_size)
+    return deal_items(run.config, split, run.rank, run.replicas, items)
+
+
+def deal_items(config: RunConfig, split: Split, rank: int, replicas: int, epoch_items: int) -> Deal | None:
+    """Which of a split's items a replica gets; None where there is only one. ValueError where it gets none."""
+    if replicas == 1:
         return None
-    return Deal(
-        replicas=run.replicas,
-        rank=run.rank,
-        group_items=run.config.train.accumulate if split == "train" else run.replicas,
-        epoch_items=count_items(run.graph, split, sample_config(run, split).batch_size),
-    )
+    group_items = config.train.accumulate if split == "train" else replicas
+    return Deal(replicas=replicas, rank=rank, group_items=group_items, epoch_items=epoch_items)
 
 
 def own_splits(run: Run) -> tuple[Split, ...]:
     """The splits to evaluate of which this replica has items."""
-    counts = {s: count_items(run.graph, s, sample_config(run, s).batch_size) for s in run.evaluated_splits}
+    counts = {s: count_items(run.graph, s, sample_config(run.config, s).batch_size) for s in run.evaluated_splits}
     return tuple(split for split, count in counts.items() if count > run.rank)
 
 
@@ -78,7 +81,7 @@ def sample_split(run: Run, split: Split) -> Trace:
     return sample_trace(
         run.graph,
         run.path / split / "trace",
-        sample_config(run, split),
+        sample_config(run.config, split),
         split=split,
         shuffle=split == "train",
         num_epochs=train_epochs(run) if split == "train" else 1,

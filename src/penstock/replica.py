@@ -1,15 +1,13 @@
-"""A replica of the model in sampled training: it samples, packs and feeds its own items on the disk of its host.
+"""A replica of the model in sampled training: it feeds itself with its own items, on its own host.
 
 Replicas run in processes or actors that a backend drives (`engine.chunked.backend`): the driver calls their methods,
 and they exchange nothing among themselves but sums of gradients. All of them hold the same weights, bit for bit.
 """
 
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,20 @@ from penstock.engine.checkpoint import pack_tensors
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.transport import Transport
 from penstock.engine.evaluate import count_feed
-from penstock.engine.feed import open_pack_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import FeedStats
 from penstock.engine.reduce import sum_over
 from penstock.engine.trainer import ModelState, make_stepper, torch_threads
 from penstock.engine.trainloop import Tensors, update_rate
-from penstock.feeds import open_train_feed
-from penstock.prepare import Prepared, own_splits, prepare
-from penstock.run import Run, make_model
-from penstock.sampler.neighbors import count_items
-from penstock.storage.budget import available_memory, free_disk, peak_rss_bytes
+from penstock.prepare import deal_items
+from penstock.replica_sources import Fed, Source, open_fed_items, open_own_packs
+from penstock.run import initial_model
+from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.deal import Deal
-from penstock.storage.graph import Split, open_graph
-from penstock.storage.manifest import read_json, write_json
-from penstock.storage.remote.hostlock import flocked
+from penstock.storage.graph import Split
+from penstock.storage.spans import TRACE, SpanLog
 
 OPEN_REPLICA = "penstock.replica:open_replica"
-_IDENTITY = "replica.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,46 +75,8 @@ class ReplicaReport:
     prepare_s: float
     bytes_sent: int
     feed: FeedStats | None
-    plan: dict[str, Any] | None
+    facts: dict[str, Any]
     peak_rss_bytes: int
-
-
-def _own_config(spec: ReplicaSpec, sharing: int) -> RunConfig:
-    """The run's configuration for a folder of this replica; what the user left open is shared on a host."""
-    config, folder = spec.config, replica_folder(spec.config, spec.rank, spec.layout.num_ranks)
-    budgets = config.budgets
-    open_budgets: dict[str, int] = {}
-    if budgets.host_memory is None:
-        open_budgets["host_memory"] = available_memory() // (2 * sharing)
-    if budgets.disk is None:
-        open_budgets["disk"] = free_disk(folder) * 9 // (10 * sharing)
-    return config.model_copy(
-        update={
-            "run_dir": folder,
-            "budgets": budgets.model_copy(update=open_budgets),
-            "train": config.train.model_copy(update={"device": spec.device, "threads": spec.threads}),
-        }
-    )
-
-
-def replica_folder(config: RunConfig, rank: int, replicas: int) -> Path:
-    """Where a replica keeps packs and scratch, on its own host."""
-    return config.work_dir / f"replica-{rank}-of-{replicas}"
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Clear the folder unless it holds the packs of this very run; and delete those of other numbers of replicas."""
-    suffix = folder.name[folder.name.index("-of-") :]
-    for other in folder.parent.glob("replica-*-of-*"):
-        if not other.name.endswith(suffix):
-            shutil.rmtree(other, ignore_errors=True)
-    if not (folder / _IDENTITY).is_file() or read_json(folder / _IDENTITY) != identity:
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.startswith(".lock"):
-                path.unlink()
-        write_json(folder / _IDENTITY, identity)
 
 
 class Replica:
@@ -128,63 +84,65 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec, transport: Transport, heartbeat: Callable[[int, int], None]) -> None:
         self.spec, self._transport, self._beat = spec, transport, heartbeat
-        self._config, self._replicas = spec.config, spec.layout.num_ranks
-        self._stack, self._feed_stack = ExitStack(), ExitStack()
-        self._items, self._reduce_s, self._times = 0, 0.0, {"compute": 0.0, "stall": 0.0}
-        self._prepare_s = 0.0
+        own = spec.config.train.model_copy(update={"device": spec.device, "threads": spec.threads})
+        self._config, self._replicas = spec.config.model_copy(update={"train": own}), spec.layout.num_ranks
+        self._stack, self._feed = ExitStack(), ExitStack()
+        self._items, self._times, self._prepare_s = 0, {"compute": 0.0, "stall": 0.0}, 0.0
 
-    def prepare(self, sharing: int) -> int:
-        """Sample and pack own items, or find that it is done; `sharing` replicas share this host. Returns the items of
-        an epoch, of all replicas."""
+    def prepare(self, sharing: int, fed: Fed | None) -> int:
+        """Sample and pack own items unless feeders do; `sharing` replicas share this host. Returns the items of an
+        epoch, of all replicas."""
         began = time.perf_counter()
-        folder = replica_folder(self._config, self.spec.rank, self._replicas)
-        folder.mkdir(parents=True, exist_ok=True)
-        # a replica of the attempt before this one may still be dying
-        self._stack.enter_context(flocked(folder / ".lock", wait_s=self.spec.timeout_s))
-        graph = open_graph(self._config.dataset)
-        digest = self._config.digest()
-        _claim(folder, {"run": digest, "graph": graph.fingerprint})
-        config = _own_config(self.spec, sharing)
-        self.run = Run(config, graph, self._progress, threading.Event(), rank=self.spec.rank, replicas=self._replicas)
-        self._packs = self._prepare_packs()
-        self._feed = open_train_feed(self.run, self._packs.get("train"))
-        batch_size = config.sampler.batch_size
-        self._epoch_items = count_items(graph, "train", batch_size)
+        TRACE.watch(self._config.track.trace_steps)
+        self._source = self._stack.enter_context(self._open_source(sharing, fed))
         self._deals = [self._deal(rank) for rank in range(self._replicas)]
-        model = make_model(self.run)
+        config, meta = self._config, self._source.meta
+        model = initial_model(config, meta)
         self._state = ModelState(make_stepper(model, config.train, grouped=config.train.accumulate > 1))
         self._prepare_s = time.perf_counter() - began
-        return self._epoch_items
+        return self._source.epoch_items
 
-    def _prepare_packs(self) -> dict[Split, Prepared]:
-        splits = own_splits(self.run)
-        return prepare(self.run, splits if self._config.feed == "memory" else (*splits, "train"))
+    @contextmanager
+    def _open_source(self, sharing: int, fed: Fed | None) -> Iterator[Source]:
+        where = (self._config, self.spec.rank, self._replicas)
+        if fed is None:
+            with open_own_packs(*where, sharing=sharing, progress=self._progress) as packs:
+                yield packs
+        else:
+            with open_fed_items(*where, fed, sharing=sharing, device_bytes=self._free_device) as items:
+                yield items
+
+    def _free_device(self) -> int | None:
+        """Half of a GPU's free memory for the device tier; the other half is the model's."""
+        device = torch.device(self.spec.device)
+        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else None
+
+    def _progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        self._beat(int(done), int(total))
 
     def _deal(self, rank: int) -> Deal:
-        return Deal(
-            replicas=self._replicas,
-            rank=rank,
-            group_items=self._config.train.accumulate,
-            epoch_items=self._epoch_items,
-        )
+        items = self._source.epoch_items
+        alone = Deal(replicas=1, rank=0, group_items=self._config.train.accumulate, epoch_items=items)
+        return deal_items(self._config, "train", rank, self._replicas, items) or alone
 
     def open_feed(self, start: int, stop: int) -> None:
         """Be ready for items [start, stop) of all replicas."""
         deal = self._deals[self.spec.rank]
-        self._feed_stack.close()
-        feed = self._feed_stack.enter_context(self._feed.open(deal.own_before(start), deal.own_before(stop)))
-        self._batches = iter(feed)
+        self._feed.close()
+        opened = self._source.open_train(deal.own_before(start), deal.own_before(stop))
+        self._batches = iter(self._feed.enter_context(opened))
         self._state.stepper.model.train()
 
     def close_feed(self) -> None:
         """Stop what reads ahead."""
-        self._feed_stack.close()
+        self._feed.close()
 
     def advance(self, start: int, stop: int) -> Leg:
         """Train on items [start, stop) of one epoch, group by group."""
         group, before = self._config.train.accumulate, (*self._times.values(), self._state.stepper.reduce_s)
         found: list[tuple[int, int, torch.Tensor]] = []
         for first in range(start, stop, group):
+            TRACE.at(first)
             found += self._train_group(first, min(stop, first + group))
             self._beat(min(stop, first + group) - start, stop - start)
         losses = torch.stack([loss for *_, loss in found]).tolist() if found else []
@@ -211,37 +169,36 @@ class Replica:
             assert batch.step == number, f"the feed gave step {batch.step}, wanted {number}"
             whole = deal.whole(number)
             found.append((whole, batch.num_seeds, stepper.add(batch, whole)))
+            ended = time.perf_counter()
             self._times["stall"] += got - began
-            self._times["compute"] += time.perf_counter() - got
+            self._times["compute"] += ended - got
+            TRACE.add("stall", f"item {whole}", began, got)
+            TRACE.add("compute", f"item {whole}", got, ended)
         began = time.perf_counter()
-        present = [count > 0 for count in counts]
-        rate = update_rate(self._config.train, start, self._epoch_items)
+        rate = update_rate(self._config.train, start, self._source.epoch_items)
         if self._replicas == 1:
             stepper.step(rate)
         else:
+            present = [count > 0 for count in counts]
             stepper.step(rate, lambda vector: sum_over(self._transport, self._replicas, vector, present))
-        self._times["compute"] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self._times["compute"] += ended - began
+        TRACE.add("compute", "update", began, ended)
         return found
 
     def evaluate(self, splits: tuple[Split, ...]) -> dict[Split, dict[str, Any]]:
         """Count own items of sampled splits; `Counts.add` adds up what replicas say."""
-        return {split: self._count(split) for split in splits if split in self._packs}
+        found: dict[Split, dict[str, Any]] = {}
+        for split in splits:
+            opened = self._source.open_split(split)
+            if opened is not None:
+                with opened as (batches, total), TRACE.during("evaluate", split):
+                    model = self._state.stepper.model
+                    counts = count_feed(model, self._beating(batches, total), self._source.meta.num_classes)
+                    found[split] = counts.export()
+        return found
 
-    def _count(self, split: Split) -> dict[str, Any]:
-        prepared, run = self._packs[split], self.run
-        with open_pack_feed(
-            prepared.packs,
-            run.graph,
-            start_step=0,
-            stop_step=prepared.summary.num_items,
-            host_memory=run.evaluation_bytes,
-            device=run.config.train.device,
-            threads=run.threads,
-        ) as feed:
-            batches = self._beating(feed, prepared.summary.num_items)
-            return count_feed(self._state.stepper.model, batches, run.graph.meta.num_classes).export()
-
-    def _beating(self, batches: Iterator[MiniBatch], total: int) -> Iterator[MiniBatch]:
+    def _beating(self, batches: Iterable[MiniBatch], total: int) -> Iterator[MiniBatch]:
         for done, batch in enumerate(batches):
             yield batch
             self._beat(done + 1, total)
@@ -266,10 +223,13 @@ class Replica:
         """Take what `export` gave."""
         self._state.restore(tensors, scaler)
 
+    def spans(self) -> SpanLog:
+        """What was recorded for the timeline."""
+        return TRACE.export()
+
     def report(self) -> ReplicaReport:
         """This replica in numbers."""
         reduce_s = self._state.stepper.reduce_s
-        prepared = self._packs.get("train")
         return ReplicaReport(
             rank=self.spec.rank,
             items=self._items,
@@ -278,17 +238,14 @@ class Replica:
             reduce_s=reduce_s,
             prepare_s=self._prepare_s,
             bytes_sent=self._transport.bytes_sent,
-            feed=self._feed.stats(),
-            plan=None if prepared is None else asdict(prepared.summary),
+            feed=self._source.stats(),
+            facts=self._source.facts(),
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def _progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
-        self._beat(int(done), int(total))
-
     def close(self) -> None:
         """Stop the feed and let go of the folder."""
-        self._feed_stack.close()
+        self._feed.close()
         self._stack.close()
 
 

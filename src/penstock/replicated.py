@@ -8,20 +8,27 @@ writes, so a run may go on with any number of replicas.
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from penstock.cluster.directory import Directory
 from penstock.engine.chunked.backend import Backend, OpenBackend, RankFailed
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Counts, Metrics
+from penstock.engine.supervision.restarts import run_with_restarts
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop
 from penstock.engine.trainstate import Stopped, TrainResult
-from penstock.replica import OPEN_REPLICA, Leg, ReplicaReport, ReplicaSpec
+from penstock.observation import Observation
+from penstock.prepare import sample_config
+from penstock.replica import Leg, ReplicaReport, ReplicaSpec
+from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
+from penstock.sampler.neighbors import count_items
 from penstock.storage.graph import Split
 
 logger = logging.getLogger(__name__)
@@ -32,22 +39,50 @@ _LEG_S = 1.0  # of training between two looks at the clock: long beside a call, 
 class ReplicaWorkers:
     """Replicas behind a backend, as `trainloop.Workers`."""
 
-    def __init__(self, run: Run, backend: Backend, num_replicas: int, model: nn.Module) -> None:
+    def __init__(
+        self,
+        run: Run,
+        backend: Backend,
+        hosts: Sequence[str],
+        model: nn.Module,
+        watch: Observation,
+        feeders: Directory | None,
+    ) -> None:
         self.times = {"compute": 0.0, "stall": 0.0, "reduce": 0.0}
-        self._run, self._backend, self._num, self._model = run, backend, num_replicas, model
+        self._run, self._backend, self._hosts, self._model = run, backend, hosts, model
+        self._num, self._watch, self._feeders = len(hosts), watch, feeders
         self._item_s = 0.0  # seconds per item, of the last leg
+        self._may_stop = False
 
-    def prepare(self, sharing: int) -> int:
-        """Let replicas sample and pack; returns the items of an epoch."""
-        found: list[int] = self._call("prepare", [(sharing,)] * self._num)
+    def prepare(self) -> int:
+        """Let replicas sample and pack, or wait for a feeder; returns the items of an epoch."""
+        sharing = max(self._hosts.count(host) for host in self._hosts)
+        fed = None if self._feeders is None else self._fed(self._feeders)
+        self._may_stop = True
+        found: list[int] = self._call("prepare", [(sharing, fed)] * self._num)
+        self._may_stop = False
         assert len(set(found)) == 1, f"replicas see epochs of {found} items: their graphs differ"
         return found[0]
 
+    def _fed(self, feeders: Directory) -> Fed:
+        run = self._run
+        feeders.wait_ready(run.config.cluster.timeout_s)
+        splits: tuple[Split, ...] = ("train", *run.evaluated_splits)
+        return Fed(
+            directory=feeders.address,
+            token=feeders.token,
+            meta=run.graph.meta,
+            fingerprint=run.graph.fingerprint,
+            items={s: count_items(run.graph, s, sample_config(run.config, s).batch_size) for s in splits},
+        )
+
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        return self._backend.call(method, arguments, self._poll if method == "prepare" else None)
+        return self._backend.call(method, arguments, self._poll)
 
     def _poll(self) -> None:
-        if self._run.stop_requested.is_set():
+        if self._feeders is not None:
+            self._feeders.poll()
+        if self._may_stop and self._run.stop_requested.is_set():
             raise Stopped("stopped while replicas sample and pack; run the same command again to continue")
 
     @contextmanager
@@ -74,6 +109,7 @@ class ReplicaWorkers:
         self.times["stall"] += stall_s
         self.times["reduce"] += reduce_s
         self.times["compute"] += max(0.0, wall_s - stall_s)
+        self._watch.leg(stop, legs, self._hosts)
         losses = sorted(found for leg in legs for found in leg.losses)
         return [(step, num_seeds, torch.tensor(loss)) for step, num_seeds, loss in losses]
 
@@ -82,18 +118,17 @@ class ReplicaWorkers:
         run = self._run
         if run.config.evaluate.mode == "exact":
             self._model.load_state_dict(self.weights())
-            return dict(
-                evaluate_exact(
-                    self._model,
-                    run.graph,
-                    splits,
-                    run.path / "exact",
-                    host_memory=run.evaluation_bytes,
-                    threads=run.threads,
-                    device="cpu",
-                    progress=run.progress,
-                )
+            found = evaluate_exact(
+                self._model,
+                run.graph,
+                splits,
+                run.path / "exact",
+                host_memory=run.evaluation_bytes,
+                threads=run.threads,
+                device="cpu",
+                progress=run.progress,
             )
+            return {split: metrics for split, metrics in found.items()}
         totals = {split: Counts(run.graph.meta.num_classes) for split in splits}
         for counted in self._call("evaluate", [(splits,)] * self._num):
             for split, counts in counted.items():
@@ -133,25 +168,24 @@ class ReplicaWorkers:
         """Feeds of replicas let go of windows behind them; a resumed run has them made anew."""
 
     def reports(self) -> list[ReplicaReport]:
-        """Every replica in numbers."""
+        """Every replica in numbers; its part of the timeline goes to who watches."""
+        if self._run.config.track.trace_steps is not None:
+            for rank, log in enumerate(self._call("spans")):
+                self._watch.spans(rank, log)
         return self._call("report")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replicated:
-    """What training on replicas came to."""
+    """What training on replicas came to; `hosts` by replica, `restarts` of all of them."""
 
-    def __init__(
-        self,
-        trained: TrainResult,
-        final: Mapping[str, Metrics],
-        model: nn.Module,
-        reports: Sequence[ReplicaReport],
-        hosts: Sequence[str],
-        prepare_s: float,
-        restarts: int,
-    ) -> None:
-        self.trained, self.final, self.model, self.reports = trained, final, model, reports
-        self.hosts, self.prepare_s, self.restarts = hosts, prepare_s, restarts
+    trained: TrainResult
+    final: Mapping[str, Metrics]
+    model: nn.Module
+    reports: Sequence[ReplicaReport]
+    hosts: Sequence[str]
+    prepare_s: float
+    restarts: int
 
 
 def replica_specs(run: Run, threads: int) -> list[ReplicaSpec]:
@@ -175,13 +209,30 @@ def replica_specs(run: Run, threads: int) -> list[ReplicaSpec]:
     ]
 
 
-def _attempt(run: Run, open_backend: OpenBackend, specs: Sequence[ReplicaSpec], resume: bool) -> Replicated:
+class Place(Protocol):
+    """Where replicas run: on this machine, or on Ray."""
+
+    @property
+    def open_backend(self) -> OpenBackend: ...
+    @property
+    def threads(self) -> int: ...
+
+    def hosts(self, backend: Any, count: int) -> list[str]:
+        """The host of every replica, by name."""
+
+    def open_feeders(self) -> AbstractContextManager[Directory | None]:
+        """Start feeders, if there are to be any."""
+
+
+def _attempt(
+    run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observation, restarts: int, resume: bool
+) -> Replicated:
     config, model = run.config, make_model(run)
-    with open_backend(specs) as backend:
-        hosts: list[str] = getattr(backend, "nodes", None) or ["this machine"] * len(specs)
-        workers = ReplicaWorkers(run, backend, len(specs), model)
+    with place.open_feeders() as feeders, place.open_backend(specs) as backend:
+        hosts = place.hosts(backend, len(specs))
+        workers = ReplicaWorkers(run, backend, hosts, model, watch, feeders)
         began = time.perf_counter()
-        items_per_epoch = workers.prepare(max(hosts.count(host) for host in hosts))
+        items_per_epoch = workers.prepare()
         prepare_s = time.perf_counter() - began
         loop = TrainLoop(
             config.train,
@@ -193,30 +244,37 @@ def _attempt(run: Run, open_backend: OpenBackend, specs: Sequence[ReplicaSpec], 
             identity={"run": config.digest(), "graph": run.graph.fingerprint},
             stop_requested=run.stop_requested,
             progress=run.progress,
+            record=watch.record,
         )
         trained = loop.run(resume=resume)
         workers.take_best()
         final = workers.evaluate(run.splits_with_nodes) if run.evaluates else {}
         model.load_state_dict(workers.weights())
-        return Replicated(trained, final, model, workers.reports(), hosts, prepare_s, 0)
+        return Replicated(
+            trained=trained,
+            final=final,
+            model=model,
+            reports=workers.reports(),
+            hosts=hosts,
+            prepare_s=prepare_s,
+            restarts=restarts,
+        )
 
 
-def train_replicas(run: Run, open_backend: OpenBackend, specs: Sequence[ReplicaSpec], *, resume: bool) -> Replicated:
-    """Train on replicas that `open_backend` starts; they start anew from the newest checkpoint when one is lost.
+def train_replicas(run: Run, place: Place, watch: Observation, *, resume: bool) -> Replicated:
+    """Train on replicas; they start anew from the newest checkpoint when one is lost.
 
     RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop.
     """
-    retries = run.config.cluster.retries
-    for restarts in range(retries + 1):
-        try:
-            found = _attempt(run, open_backend, specs, resume or restarts > 0)
-            found.restarts = restarts
-            return found
-        except RankFailed as error:
-            if restarts == retries:
-                raise
-            logger.warning("%s; starting all replicas anew from the newest checkpoint", error)
-    raise AssertionError("the last attempt returns or raises")
+    specs = replica_specs(run, place.threads)
 
+    def tell(number: int, error: BaseException) -> None:
+        watch.restarted(number)
+        logger.warning("%s; starting all replicas anew from the newest checkpoint", error)
 
-__all__ = ["OPEN_REPLICA", "Replicated", "ReplicaWorkers", "replica_specs", "train_replicas"]
+    return run_with_restarts(
+        lambda number: _attempt(run, place, specs, watch, number, resume or number > 0),
+        run.config.cluster.retries,
+        tell,
+        stop_requested=run.stop_requested,
+    )

@@ -2,46 +2,84 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from penstock.engine.chunked.backend import OpenBackend
+from penstock.cluster.directory import Directory, open_directory
+from penstock.cluster.feeder_pool import open_feeder_processes
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.modelfile import save_model
+from penstock.engine.supervision.stragglers import RankTimes, find_straggler
+from penstock.observation import Observation
 from penstock.replica import OPEN_REPLICA, ReplicaReport
-from penstock.replicated import Replicated, replica_specs, train_replicas
+from penstock.replicated import Place, Replicated, train_replicas
 from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.storage.budget import num_threads
 
 
-@contextmanager
-def open_where(run: Run) -> Iterator[tuple[OpenBackend, int]]:
-    """What starts replicas, and how many threads each gets; Ray is imported only where it is asked for."""
-    config = run.config
-    cluster, threads = config.cluster, config.train.threads
-    if cluster.address is None:
-        share = max(1, num_threads() // cluster.replicas)
-        yield partial(open_processes, open_rank=OPEN_REPLICA), threads or share
-        return
-    from penstock.cluster.pipeline import open_ray
-    from penstock.cluster.session import open_session, threads_per_replica
+class _Here:
+    """Processes of this machine; a `Place`."""
 
-    reserved = cluster.feeders * cluster.feeder_threads
-    num_cpus = max(num_threads(), cluster.replicas * (threads or 1) + reserved)
-    with open_session(cluster.address, run.path, num_cpus=num_cpus):
-        share = threads_per_replica(cluster.replicas, reserved)
-        yield partial(open_ray, open_rank=OPEN_REPLICA), threads or share
+    def __init__(self, run: Run) -> None:
+        cluster = run.config.cluster
+        self._run = run
+        self.threads = run.config.train.threads or max(1, num_threads() // cluster.replicas)
+        self.open_backend = partial(open_processes, open_rank=OPEN_REPLICA)
+
+    def hosts(self, backend: Any, count: int) -> list[str]:
+        return ["this machine"] * count
+
+    @contextmanager
+    def open_feeders(self) -> Iterator[Directory | None]:
+        config, cluster = self._run.config, self._run.config.cluster
+        if not cluster.feeders:
+            yield None
+            return
+        with (
+            open_feeder_processes(
+                config.dataset,
+                config.work_dir / "feeders",
+                count=cluster.feeders,
+                threads=cluster.feeder_threads,
+                disk_bytes=cluster.feeder_disk,
+                retries=cluster.retries,
+            ) as pool,
+            open_directory(pool, "127.0.0.1") as directory,
+        ):
+            yield directory
+
+
+@contextmanager
+def _open_place(run: Run) -> Iterator[Place]:
+    """Where the configuration wants replicas; Ray is imported only where it is asked for."""
+    address = run.config.cluster.address
+    if address is None:
+        yield _Here(run)
+        return
+    from penstock.cluster.replicas import open_ray_place
+
+    with open_ray_place(run.config, folder=run.path, open_rank=OPEN_REPLICA) as place:
+        yield place
 
 
 def _rank_section(report: ReplicaReport, host: str) -> dict[str, Any]:
-    value = {key: found for key, found in asdict(report).items() if key not in ("feed", "plan")}
+    value = {key: found for key, found in asdict(report).items() if key not in ("feed", "facts")}
     feed = report.feed
     if feed is not None:
         value |= {"bytes_read": feed.bytes_read, "hit_rates": feed.hit_rates, "read_s": feed.read_s}
-    return {**value, "host": host}
+    return {**value, **report.facts, "host": host}
+
+
+def _straggler(found: Replicated) -> dict[str, Any] | None:
+    times = [
+        RankTimes(rank=report.rank, host=host, busy_s=report.compute_s + report.stall_s, waits={"feed": report.stall_s})
+        for report, host in zip(found.reports, found.hosts, strict=True)
+    ]
+    straggler = find_straggler(times)
+    return None if straggler is None else straggler.to_json()
 
 
 def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
@@ -59,11 +97,12 @@ def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
     }
 
 
-def train_replicated(run: Run, resume: bool) -> dict[str, Any]:
+def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
     """Train `run` on replicas; returns the sections of `result.json`."""
     began, config, meta = time.perf_counter(), run.config, run.graph.meta
-    with open_where(run) as (open_backend, threads):
-        found = train_replicas(run, open_backend, replica_specs(run, threads), resume=resume)
+    opened: AbstractContextManager[Place] = _open_place(run)
+    with opened as place:
+        found = train_replicas(run, place, watch, resume=resume)
     save_model(
         run.path / "model",
         found.model,
@@ -73,9 +112,8 @@ def train_replicated(run: Run, resume: bool) -> dict[str, Any]:
         fanouts=config.sampler.layer_fanouts,
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
-    trained = found.trained
+    trained, reports = found.trained, found.reports
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
-    reports = found.reports
     return {
         "metrics": _metrics(run, found),
         "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
@@ -89,8 +127,8 @@ def train_replicated(run: Run, resume: bool) -> dict[str, Any]:
         },
         "throughput": {"items_per_s": trained.items_per_s, "seeds_per_s": trained.seeds_per_s},
         "bytes_read": sum(report.feed.bytes_read for report in reports if report.feed is not None),
-        "plan": reports[0].plan,
         "resumed_from": trained.resumed_from,
         "restarts": found.restarts,
+        "straggler": _straggler(found),
         "ranks": [_rank_section(report, host) for report, host in zip(reports, found.hosts, strict=True)],
     }

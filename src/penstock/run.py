@@ -30,16 +30,22 @@ from penstock.remote_run import bring_back, held_run, mirrored_run, require_same
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
-from penstock.storage.graph import GraphStore, Split, open_graph
+from penstock.storage.graph import GraphMeta, GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
 from penstock.storage.remote.hostlock import describe_owner, flocked
 
 logger = logging.getLogger(__name__)
 
-_DERIVED = ("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks", "local")
+_DERIVED = (
+    *("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks", "local"),
+    *("tensorboard", "tracking", "wandb"),
+)
 _MACHINE = "machine.json"
-_DERIVED_FILES = ("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png")
+_DERIVED_FILES = (
+    *("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png"),
+    "timeline.json",
+)
 
 
 class Run:
@@ -102,7 +108,11 @@ class Run:
 
 def make_model(run: Run) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
-    config, meta = run.config, run.graph.meta
+    return initial_model(run.config, run.graph.meta)
+
+
+def initial_model(config: RunConfig, meta: GraphMeta) -> nn.Module:
+    """The same for a graph that is not on this host."""
     seed_step(config.train.seed, -1, torch.device("cpu"))
     return build_model(config.model, meta.num_features, meta.num_classes)
 

@@ -129,7 +129,7 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
 def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observation) -> dict[str, Any]:
     if run.config.mode == "chunked" or run.config.has_replicas:
         chunked = run.config.mode == "chunked"
-        sections = train_chunked(run, resume, watch) if chunked else train_replicated(run, resume)
+        sections = (train_chunked if chunked else train_replicated)(run, resume, watch)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
     in_memory = run.config.feed == "memory"
