@@ -17,15 +17,13 @@ for now, which is how a trainer that falls behind slows its feeders. Requests, b
 | `rows` (payload: ids) | rows as the job's packs hold them |
 """
 
-import fcntl
 import heapq
 import logging
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +32,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from penstock.cluster.feeder_folder import own_folder
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.sampler.rolling import used_bytes
@@ -52,7 +51,6 @@ State = Literal["queued", "building", "done", "failed", "no room", "unknown"]
 MAX_ROWS_BYTES = 64 * MIB  # of one answer to `rows`
 _MAX_WAIT_S = 5.0
 _LEAST_MEMORY = 64 * MIB
-_LOCK = ".lock"
 _JOIN_S = 30.0  # a window under way may be about to be written
 
 
@@ -385,39 +383,6 @@ class FeederSession:
         """Delete all that was built for this connection."""
         for window in list(self._orders):
             self._forget(window)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what feeders that are dead left in their shared folder: nobody holds the lock of theirs."""
-    for found in folder.glob("feeder-*"):
-        try:
-            fd = os.open(found / _LOCK, os.O_RDWR)
-        except FileNotFoundError:
-            continue  # about to be locked, or to go
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(found, ignore_errors=True)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder in the shared one, which is deleted when the context is left, or by whoever sweeps after a kill."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # a well-known name in /tmp may be another user's trap
-        raise PermissionError(f"{folder} belongs to user {folder.stat().st_uid}; delete it, or choose another folder")
-    sweep(folder)
-    own = folder / f"feeder-{os.getpid()}-{secrets.token_hex(4)}"
-    own.mkdir(mode=0o700)
-    fd = os.open(own / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-        os.close(fd)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from penstock.cluster.feeder import FeederSpec, open_feeder, sweep
+from penstock.cluster.feeder import FeederSpec, open_feeder
+from penstock.cluster.feeder_folder import sweep
 from penstock.storage.lifeline import end_with
 from penstock.storage.transfer import Address, Refused, connect, new_token
 

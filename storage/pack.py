@@ -232,8 +232,9 @@ def has_window(folder: Path, window: int) -> bool:
 
 def parse_pack_index(value: dict[str, Any], origin: Path) -> PackIndex:
     """Make an index of its JSON; FormatError where it is malformed."""
+    found: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
     try:
-        return PackIndex(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+        return PackIndex(**found)
     except TypeError as error:
         raise FormatError(f"{origin} is malformed ({error}); pack again") from error
 
