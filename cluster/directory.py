@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from penstock.cluster.feeder_pool import FeederPool
-from penstock.cluster.pulling import Puller
+from penstock.cluster.puller import Puller
 from penstock.storage.transfer import Address, Answer, Head, Refused, connect, serve
 
 logger = logging.getLogger(__name__)

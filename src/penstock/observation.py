@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from penstock.config import RunConfig
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
+from penstock.engine.prefetch import FeedStats
 from penstock.overrides import flatten
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.progress import Progress
@@ -36,6 +37,12 @@ class Leg(Protocol):
     def stall_s(self) -> float: ...
     @property
     def reduce_s(self) -> float: ...
+    @property
+    def feed(self) -> FeedStats | None: ...
+    @property
+    def row_bytes(self) -> int: ...
+    @property
+    def queue_bytes(self) -> int | None: ...
 
 
 class Observation:
@@ -81,11 +88,12 @@ class Observation:
         if self._steps is not None and self._steps[0] <= epoch < self._steps[1]:
             self.timeline.add_epoch(epoch, reports, layout, began_s)
 
-    def leg(self, step: int, legs: Sequence[Leg], hosts: Sequence[str]) -> None:
-        """Take what replicas did since the last call, up to `step`: a leg and a host by rank."""
-        self.ranks([self._leg_entry(rank, step, leg, hosts[rank]) for rank, leg in enumerate(legs)])
+    def leg(self, step: int, legs: Sequence[Leg], hosts: Sequence[str], waits: Mapping[str, float]) -> None:
+        """Take what replicas did since the last call, up to `step`: a leg and a host by rank, and for what all of them
+        waited so far."""
+        self.ranks([self._leg_entry(rank, step, leg, hosts[rank], waits) for rank, leg in enumerate(legs)])
 
-    def _leg_entry(self, rank: int, step: int, leg: Leg, host: str) -> dict[str, Any]:
+    def _leg_entry(self, rank: int, step: int, leg: Leg, host: str, waits: Mapping[str, float]) -> dict[str, Any]:
         told = {"busy_s": leg.compute_s, "feed": leg.stall_s, "reduce": leg.reduce_s, "items": float(len(leg.losses))}
         totals = self._add(rank, told)
         wall_s = leg.compute_s + leg.stall_s + leg.reduce_s
@@ -96,7 +104,13 @@ class Observation:
             "items": totals["items"],
             "items_per_s": told["items"] / max(1e-9, wall_s),
             "busy_s": totals["busy_s"],
-            "stalls": {"feed": totals["feed"], "reduce": totals["reduce"]},
+            "stalls": {
+                "feed" if leg.queue_bytes is None else "feeder": totals["feed"],
+                "reduce": totals["reduce"],
+                **waits,
+            },
+            **({} if leg.queue_bytes is None else {"queue_bytes": leg.queue_bytes}),
+            **({} if leg.feed is None else _by_tier(leg.feed, leg.row_bytes)),
         }
 
     def restarted(self, restarts: int) -> None:
@@ -124,6 +138,11 @@ class Observation:
     def spans(self, rank: int, log: SpanLog, *, offset_s: float = 0.0) -> None:
         """Take what another process recorded."""
         self.timeline.add(rank, log, offset_s=offset_s)
+
+
+def _by_tier(feed: FeedStats, row_bytes: int) -> dict[str, Any]:
+    rows = {"device": feed.device_rows, "host": feed.host_rows, "pack": feed.pack_rows}
+    return {"hit_rates": feed.hit_rates, "bytes": {tier: count * row_bytes for tier, count in rows.items()}}
 
 
 @contextmanager

@@ -55,12 +55,18 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leg:
-    """What a replica did in one call of `advance`: per item its whole number, seeds and loss; seconds by cause."""
+    """What a replica did in one call of `advance`: per item its whole number, seeds and loss; seconds by cause.
+
+    `feed` counts from the feed's start; `queue_bytes` are windows that feeders have ready here, None without feeders.
+    """
 
     losses: tuple[tuple[int, int, float], ...]
     compute_s: float
     stall_s: float
     reduce_s: float
+    feed: FeedStats | None
+    row_bytes: int
+    queue_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +160,9 @@ class Replica:
             compute_s=compute_s - reduce_s,
             stall_s=stall_s,
             reduce_s=reduce_s,
+            feed=self._source.stats(),
+            row_bytes=self._source.row_bytes,
+            queue_bytes=self._source.queue_bytes(),
         )
 
     def _train_group(self, start: int, stop: int) -> list[tuple[int, int, torch.Tensor]]:
@@ -223,9 +232,9 @@ class Replica:
         """Take what `export` gave."""
         self._state.restore(tensors, scaler)
 
-    def spans(self) -> SpanLog:
-        """What was recorded for the timeline."""
-        return TRACE.export()
+    def spans(self) -> tuple[float, SpanLog]:
+        """This host's clock, and what was recorded for the timeline."""
+        return time.time(), TRACE.export()
 
     def report(self) -> ReplicaReport:
         """This replica in numbers."""

@@ -26,6 +26,7 @@ from penstock.storage.progress import Progress
 from penstock.storage.remote.config import local_copy
 from penstock.storage.remote.hostlock import flocked
 from penstock.storage.remote.stage import staged
+from penstock.storage.rows import RowFormat
 from penstock.storage.transfer import Address
 
 _IDENTITY = "replica.json"
@@ -38,6 +39,8 @@ class Source(Protocol):
     meta: GraphMeta
     epoch_items: int
     "Items of an epoch, of all replicas."
+    row_bytes: int
+    "Of a row as packs hold it."
 
     def open_train(self, start: int, stop: int) -> AbstractContextManager[Iterable[MiniBatch]]:
         """Feed training steps start <= s < stop."""
@@ -48,8 +51,15 @@ class Source(Protocol):
     def stats(self) -> FeedStats | None:
         """Of the training feed."""
 
+    def queue_bytes(self) -> int | None:
+        """Windows of feeders that are here and wait; None without feeders."""
+
     def facts(self) -> dict[str, Any]:
         """More for result.json."""
+
+
+def _row_bytes(config: RunConfig, meta: GraphMeta) -> int:
+    return RowFormat(dtype=config.plan.row_dtype or meta.feature_dtype, width=meta.num_features).row_bytes
 
 
 def replica_folder(config: RunConfig, rank: int, replicas: int) -> Path:
@@ -97,7 +107,7 @@ class OwnPacks:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.meta = run.graph.meta
+        self.meta, self.row_bytes = run.graph.meta, _row_bytes(run.config, run.graph.meta)
         self.epoch_items = count_items(run.graph, "train", run.config.sampler.batch_size)
         splits = own_splits(run)
         self._packs = prepare(run, splits if run.config.feed == "memory" else (*splits, "train"))
@@ -128,6 +138,10 @@ class OwnPacks:
     def stats(self) -> FeedStats | None:
         """See Source."""
         return self._feed.stats()
+
+    def queue_bytes(self) -> int | None:
+        """See Source."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """The plan."""
@@ -171,6 +185,7 @@ class FedItems:
     def __init__(self, config: RunConfig, rank: int, replicas: int, fed: Fed, budgets: Budgets) -> None:
         self._config, self._rank, self._replicas, self._fed, self._budgets = config, rank, replicas, fed, budgets
         self.meta, self.epoch_items = fed.meta, fed.items["train"]
+        self.row_bytes = _row_bytes(config, fed.meta)
         evaluates = config.evaluate.mode == "sampled"
         self._evaluation_bytes = int(budgets.host_bytes * config.evaluate.memory_share) if evaluates else 0
         self._train: Any = None
@@ -235,6 +250,10 @@ class FedItems:
         """See Source."""
         found: FeedStats | None = None if self._train is None else self._train.feed.stats
         return found
+
+    def queue_bytes(self) -> int | None:
+        """See Source."""
+        return 0 if self._train is None else int(self._train.puller.stats().queue_bytes)
 
     def facts(self) -> dict[str, Any]:
         """What was pulled."""

@@ -30,6 +30,7 @@ from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
 from penstock.sampler.neighbors import count_items
 from penstock.storage.graph import Split
+from penstock.timeline import clock_offset
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class ReplicaWorkers:
         self._num, self._watch, self._feeders = len(hosts), watch, feeders
         self._item_s = 0.0  # seconds per item, of the last leg
         self._may_stop = False
+        self._waits = {"evaluate": 0.0, "checkpoint": 0.0}
 
     def prepare(self) -> int:
         """Let replicas sample and pack, or wait for a feeder; returns the items of an epoch."""
@@ -109,12 +111,19 @@ class ReplicaWorkers:
         self.times["stall"] += stall_s
         self.times["reduce"] += reduce_s
         self.times["compute"] += max(0.0, wall_s - stall_s)
-        self._watch.leg(stop, legs, self._hosts)
+        self._watch.leg(stop, legs, self._hosts, self._waits)
         losses = sorted(found for leg in legs for found in leg.losses)
         return [(step, num_seeds, torch.tensor(loss)) for step, num_seeds, loss in losses]
 
     def evaluate(self, splits: tuple[Split, ...] = ("valid",)) -> Mapping[str, Metrics]:
         """See Workers."""
+        began = time.perf_counter()
+        try:
+            return self._evaluate(splits)
+        finally:
+            self._waits["evaluate"] += time.perf_counter() - began
+
+    def _evaluate(self, splits: tuple[Split, ...]) -> Mapping[str, Metrics]:
         run = self._run
         if run.config.evaluate.mode == "exact":
             self._model.load_state_dict(self.weights())
@@ -145,7 +154,9 @@ class ReplicaWorkers:
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
         """See Workers. RankFailed where replicas do not hold the same weights."""
+        began = time.perf_counter()
         found = self._call("export", [(rank == 0,) for rank in range(self._num)])
+        self._waits["checkpoint"] += time.perf_counter() - began
         checksums = [checksum for checksum, _ in found]
         if len(set(checksums)) > 1:
             raise RankFailed(
@@ -170,8 +181,9 @@ class ReplicaWorkers:
     def reports(self) -> list[ReplicaReport]:
         """Every replica in numbers; its part of the timeline goes to who watches."""
         if self._run.config.track.trace_steps is not None:
-            for rank, log in enumerate(self._call("spans")):
-                self._watch.spans(rank, log)
+            asked_s, found, answered_s = time.time(), self._call("spans"), time.time()
+            for rank, (theirs_s, log) in enumerate(found):
+                self._watch.spans(rank, log, offset_s=clock_offset(asked_s, theirs_s, answered_s))
         return self._call("report")
 
 

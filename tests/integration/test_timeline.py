@@ -12,6 +12,7 @@ from rich.console import Console
 
 from penstock.config import load_config
 from penstock.display import Lines, progress
+from penstock.engine.prefetch import FeedStats
 from penstock.live import LiveView, RankWindow, name_straggler
 from penstock.observation import observed
 from penstock.replica import Leg
@@ -156,14 +157,18 @@ def test_legs_of_replicas_become_entries(tmp_path: Path) -> None:
         def ranks(self, entries: Any) -> None:
             seen.append(list(entries))
 
+    stats = FeedStats(
+        items=2, bytes_read=9, device_rows=0, host_rows=3, pack_rows=1, stall_s=0.0, read_s=0.0, assemble_s=0.0
+    )
+    feed: dict[str, Any] = {"feed": stats, "row_bytes": 100, "queue_bytes": 7}
     legs = [
-        Leg(losses=((0, 8, 1.0), (2, 8, 0.5)), compute_s=2.0, stall_s=1.0, reduce_s=1.0),
-        Leg(losses=((1, 8, 1.0), (3, 8, 0.5)), compute_s=3.0, stall_s=0.5, reduce_s=0.5),
+        Leg(losses=((0, 8, 1.0), (2, 8, 0.5)), compute_s=2.0, stall_s=1.0, reduce_s=1.0, **feed),
+        Leg(losses=((1, 8, 1.0), (3, 8, 0.5)), compute_s=3.0, stall_s=0.5, reduce_s=0.5, **feed),
     ]
     config = load_config(None, (), {"dataset": str(tmp_path / "graph"), "run_dir": str(tmp_path / "run")})
     with observed(config, Show()) as watch:
-        watch.leg(4, legs, ["a", "b"])
-        watch.leg(8, legs, ["a", "b"])
+        watch.leg(4, legs, ["a", "b"], {"checkpoint": 0.5})
+        watch.leg(8, legs, ["a", "b"], {"checkpoint": 0.75})
     first, second = seen[-1]
     assert first == {
         "rank": 0,
@@ -172,7 +177,10 @@ def test_legs_of_replicas_become_entries(tmp_path: Path) -> None:
         "items": 4.0,
         "items_per_s": 0.5,
         "busy_s": 4.0,
-        "stalls": {"feed": 2.0, "reduce": 2.0},
+        "stalls": {"feeder": 2.0, "reduce": 2.0, "checkpoint": 0.75},
+        "queue_bytes": 7,
+        "hit_rates": {"device": 0.0, "host": 0.75, "pack": 0.25},
+        "bytes": {"device": 0, "host": 300, "pack": 100},
     }
     assert (second["host"], second["busy_s"], second["stalls"]["reduce"]) == ("b", 6.0, 1.0)
     assert not (tmp_path / "run").exists()  # nothing was traced or tracked
