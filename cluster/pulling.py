@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from penstock.cluster.feeder import MAX_ROWS_BYTES
 from penstock.cluster.lane import Pace
-from penstock.cluster.puller import KINDS, Puller
-from penstock.cluster.puller import PullStats as PullStats  # for callers of `open_pulled_feed`
+from penstock.cluster.puller import KINDS
+from penstock.cluster.puller import Puller as Puller  # these two for callers of `open_pulled_feed`
+from penstock.cluster.puller import PullStats as PullStats
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.prefetch import Feed
 from penstock.sampler.neighbors import SampleConfig
