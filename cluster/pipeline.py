@@ -33,6 +33,7 @@ from penstock.cluster.placement import (
     plan_placement,
     ranks_alone,
 )
+from penstock.cluster.session import open_session
 from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, WorkerSpec, open_board
 from penstock.engine.chunked.failures import died
 from penstock.engine.chunked.torch_transport import GroupBackend
@@ -231,22 +232,6 @@ def _absolute(value: T) -> T:
     return replace(value, **changes)  # type: ignore[type-var]
 
 
-def _connect(specs: Sequence[WorkerSpec], address: str | None) -> None:
-    """Join the cluster at `address` or RAY_ADDRESS, or start one on this machine with CPUs for all ranks."""
-    here = Path.cwd()
-    specs[0].scratch.mkdir(parents=True, exist_ok=True)
-    # Ray puts the driver's folder on the path of every worker: ours has folders called `kernels` and `storage`
-    os.chdir(specs[0].scratch)
-    try:
-        if address is not None or "RAY_ADDRESS" in os.environ:
-            ray.init(address, logging_level=logging.WARNING)
-        else:
-            num_cpus = max(os.cpu_count() or 1, sum(spec.threads for spec in specs))
-            ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
-    finally:
-        os.chdir(here)
-
-
 def _gpus_per_rank(specs: Sequence[WorkerSpec]) -> float:
     """A GPU for each rank, or an equal share where there are fewer; ValueError where there is none."""
     if not specs[0].device.startswith("cuda"):
@@ -322,9 +307,8 @@ def open_ray(
     """
     specs = [_absolute(spec) for spec in specs]
     with ExitStack() as stack:
-        if not ray.is_initialized():
-            _connect(specs, address)
-            stack.callback(ray.shutdown)
+        num_cpus = max(os.cpu_count() or 1, sum(spec.threads for spec in specs))
+        stack.enter_context(open_session(address, specs[0].scratch, num_cpus=num_cpus))
         gpus = _gpus_per_rank(specs)
         placement = _place(specs, gpus, groups, resources, strategy)
         group = _reserve(placement, len(specs), specs[0].timeout_s)
