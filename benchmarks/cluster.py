@@ -15,10 +15,11 @@ the sides must have trained on the same items, to the same bits.
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
-from penstock.benchmarks.cluster_sides import OPEN_REDUCER, ReducerSpec, ReplicaSide
+from penstock.benchmarks.cluster_sides import OPEN_REDUCER, FedSide, ReducerSpec, ReplicaSide
 from penstock.benchmarks.harness import interleave, open_bench_graph, record
 from penstock.config import load_config
 from penstock.engine.chunked.layout import Layout
@@ -99,8 +100,31 @@ def sums(folder: Path, scale: float, repeats: int) -> Iterator[dict[str, Any]]:
             yield {**record("cluster", case, "s/step", *values, name, False, repeats), "floats": floats}
 
 
+def feeder_stall(graph: GraphStore, folder: Path, scale: float, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the share of an epoch that a trainer waits for its feeder, and what both have on disk; lower is better."""
+    flags = _flags(graph, folder / "fed", scale, 1) | {
+        "train.accumulate": 1,
+        "budgets.disk": "1GiB",
+        "cluster.feeders": 1,
+        "cluster.feeder_disk": "1GiB",
+        "cluster.feeder_resources": {"feeder": 1.0},
+        "cluster.replica_resources": {"trainer": 1.0},
+    }
+    with FedSide(load_config(flags=flags)) as side:
+        side.epoch()
+        turns = [side.epoch() for _ in range(repeats)]
+        marks = side.disk()
+    stall_s, epoch_s = (median(values) for values in zip(*turns, strict=True))
+    name = "the epoch"
+    yield {**record("cluster", "feeder_stall", "s/epoch", stall_s, epoch_s, name, False, repeats), "target": 0.1}
+    who, used, budget = max(marks, key=lambda mark: mark[1] / mark[2])
+    found = record("cluster", "feeder_disk", "bytes", used, budget, f"budget of the {who}", False, repeats)
+    yield {**found, "target": 1.0, "marks": marks}
+
+
 def run(*, scale: float, repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of all cases."""
     graph = _graph(folder, scale)
     yield from two_replicas(graph, folder, scale, repeats)
     yield from sums(folder, scale, repeats)
+    yield from feeder_stall(graph, folder, scale, repeats)

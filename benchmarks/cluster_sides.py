@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ray.cluster_utils import Cluster
 from torch import Tensor, nn
 
+from penstock.cluster.replicas import open_ray_place
 from penstock.config import RunConfig
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.transport import Transport
 from penstock.engine.reduce import sum_over
+from penstock.observation import observed
 from penstock.replica import OPEN_REPLICA, Leg
-from penstock.replicated import replica_specs
-from penstock.run import open_run
+from penstock.replicated import ReplicaWorkers, replica_specs
+from penstock.run import make_model, open_run
+from penstock.storage.progress import silent
 
 OPEN_REDUCER = "penstock.benchmarks.cluster_sides:open_reducer"
 
@@ -36,7 +40,7 @@ class ReplicaSide:
         self._count = self.config.cluster.replicas
         specs = replica_specs(run, 1)
         self._backend = self._stack.enter_context(open_processes(specs, open_rank=OPEN_REPLICA))
-        self._epoch_items: int = self._backend.call("prepare", [(self._count,)] * self._count)[0]
+        self._epoch_items: int = self._backend.call("prepare", [(self._count, None)] * self._count)[0]
         self._backend.call("open_feed", [(0, 1000 * self._epoch_items)] * self._count)
         return self
 
@@ -67,6 +71,53 @@ class ReplicaSide:
         if len(found) != 1:
             raise RuntimeError(f"replicas hold different weights: {sorted(found)}")
         return str(found.pop())
+
+
+class FedSide:
+    """A replica on one node of a Ray cluster, fed from another; both nodes are this machine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._stack, self._step = ExitStack(), 0
+
+    def __enter__(self) -> "FedSide":
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"trainer": 1}})
+        self._stack.callback(cluster.shutdown)
+        cluster.add_node(num_cpus=1, resources={"feeder": 1})
+        config = self.config
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": cluster.address})})
+        run = self._stack.enter_context(open_run(config))
+        place = self._stack.enter_context(open_ray_place(config, folder=run.path, open_rank=OPEN_REPLICA))
+        self._feeders = self._stack.enter_context(place.open_feeders())
+        backend = self._stack.enter_context(place.open_backend(replica_specs(run, 1)))
+        watch = self._stack.enter_context(observed(config, silent))
+        self._workers = ReplicaWorkers(run, backend, place.hosts(backend, 1), make_model(run), watch, self._feeders)
+        self._epoch_items = self._workers.prepare()
+        self._stack.enter_context(self._workers.open(0, config.train.epochs * self._epoch_items))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._stack.close()
+
+    def epoch(self) -> tuple[float, float]:
+        """Train an epoch; returns the seconds that the trainer waited for its feed, and all of them."""
+        stalled, began = self._workers.times["stall"], perf_counter()
+        ends = self._step + self._epoch_items
+        while self._step < ends:
+            stop = min(ends, self._step + self._workers.leg(self._step))
+            self._workers.advance(self._step, stop)
+            self._step = stop
+        return self._workers.times["stall"] - stalled, perf_counter() - began
+
+    def disk(self) -> list[tuple[str, int, int]]:
+        """High-water mark and budget of the trainer's node and of each feeder."""
+        assert self._feeders is not None
+        (report,) = self._workers.reports()
+        budget = self.config.budgets.disk or 0
+        found = [("trainer", report.facts["pulled"]["disk_high_water"], budget)]
+        for status in self._feeders.pool.status():
+            found.append(("feeder", status["high_water_bytes"], status["disk_bytes"]))
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,4 +208,4 @@ def open_reducer(spec: ReducerSpec, transport: Transport, _: Callable[[int, int]
     yield Reducer(transport, spec.layout.num_ranks)
 
 
-__all__ = ["OPEN_REDUCER", "Reducer", "ReducerSpec", "ReplicaSide", "open_reducer"]
+__all__ = ["OPEN_REDUCER", "FedSide", "Reducer", "ReducerSpec", "ReplicaSide", "open_reducer"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from penstock.cluster.directory import ask, followed
 from penstock.cluster.lane import Pace
-from penstock.cluster.pulling import PullStats, open_pulled_feed
+from penstock.cluster.pulling import open_pulled_feed
 from penstock.config import RunConfig
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.minibatch import MiniBatch
@@ -189,7 +189,6 @@ class FedItems:
         evaluates = config.evaluate.mode == "sampled"
         self._evaluation_bytes = int(budgets.host_bytes * config.evaluate.memory_share) if evaluates else 0
         self._train: Any = None
-        self._pulled: list[PullStats] = []
 
     def open_train(self, start: int, stop: int) -> AbstractContextManager[Iterable[MiniBatch]]:
         """See Source."""
@@ -200,10 +199,7 @@ class FedItems:
         host_bytes = self._budgets.host_bytes - self._evaluation_bytes
         with self._feed("train", start, stop, host_bytes, self._budgets.disk_bytes * 3 // 4) as pulled:
             self._train = pulled
-            try:
-                yield pulled.feed
-            finally:
-                self._pulled.append(pulled.puller.stats())
+            yield pulled.feed
 
     def open_split(self, split: Split) -> AbstractContextManager[tuple[Iterable[MiniBatch], int]] | None:
         """See Source."""
@@ -257,7 +253,9 @@ class FedItems:
 
     def facts(self) -> dict[str, Any]:
         """What was pulled."""
-        return {"pulled": [asdict(found) for found in self._pulled]}
+        if self._train is None:
+            return {}
+        return {"pulled": asdict(self._train.puller.stats())}
 
 
 @contextmanager

@@ -189,13 +189,14 @@ class ReplicaWorkers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicated:
-    """What training on replicas came to; `hosts` by replica, `restarts` of all of them."""
+    """What training on replicas came to; `hosts` by replica, what `feeders` say, `restarts` of all replicas."""
 
     trained: TrainResult
     final: Mapping[str, Metrics]
     model: nn.Module
     reports: Sequence[ReplicaReport]
     hosts: Sequence[str]
+    feeders: Sequence[Mapping[str, Any]]
     prepare_s: float
     restarts: int
 
@@ -268,6 +269,7 @@ def _attempt(
             model=model,
             reports=workers.reports(),
             hosts=hosts,
+            feeders=[] if feeders is None else feeders.pool.status(),
             prepare_s=prepare_s,
             restarts=restarts,
         )

@@ -130,5 +130,6 @@ def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, An
         "resumed_from": trained.resumed_from,
         "restarts": found.restarts,
         "straggler": _straggler(found),
+        "feeders": [{key: value for key, value in feeder.items() if key != "graph"} for feeder in found.feeders],
         "ranks": [_rank_section(report, host) for report, host in zip(reports, found.hosts, strict=True)],
     }
