@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,9 +41,10 @@ from penstock.storage.budget import MIB, Budgets, available_memory, format_bytes
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import GraphStore, open_graph
+from penstock.storage.remote.stage import staged
 from penstock.storage.table import gather_rows
 from penstock.storage.trace import window_name
-from penstock.storage.transfer import Address, Answer, Head, Server, serve
+from penstock.storage.transfer import Address, Answer, Head, serve
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _JOIN_S = 30.0  # a window under way may be about to be written
 class FeederSpec:
     """Where a feeder works. `folder` is shared by the feeders of a host, each has one of its own in it.
 
-    None means a tenth of the free disk, and a quarter of the free memory.
+    None means a tenth of the free disk, and a quarter of the free memory. With a `uri`, `graph` is its local copy.
     """
 
     graph: Path
@@ -67,6 +68,7 @@ class FeederSpec:
     memory: int | None = None
     threads: int = 1
     host: str = "127.0.0.1"
+    uri: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -388,15 +390,10 @@ class FeederSession:
 @contextmanager
 def open_feeder(spec: FeederSpec, token: bytes, *, idle_s: float = 60.0) -> Iterator[tuple[Feeder, Address]]:
     """Serve windows of a graph to those who know the token, until the context is left; then nothing is left of it."""
-    graph = open_graph(spec.graph)
-    with own_folder(spec.folder) as folder:
-        feeder = Feeder(spec, graph, folder)
+    with nullcontext() if spec.uri is None else staged(spec.uri, spec.graph), own_folder(spec.folder) as folder:
+        feeder = Feeder(spec, open_graph(spec.graph), folder)
         try:
             with serve(spec.host, token, lambda: FeederSession(feeder), idle_s=idle_s) as server:
-                yield feeder, _address(server)
+                yield feeder, server.address
         finally:
             feeder.close()
-
-
-def _address(server: Server) -> Address:
-    return server.address

@@ -105,13 +105,13 @@ class FeederHandle:
 
 @contextmanager
 def open_feeder_actors(
-    graph: Path, config: ClusterConfig, *, folder: Path | None = None, memory: int | None = None
+    graph: Path, config: ClusterConfig, *, uri: str | None = None, folder: Path | None = None, memory: int | None = None
 ) -> Iterator[FeederPool]:
     """Start `config.feeders` actors, spread over nodes that have `feeder_resources` and cores; Ray must be running.
 
-    Every node finds the graph under the same path. `folder` is where they work on their nodes, None the temporary one.
-    They may not be ready yet: see `FeederPool.wait_ready`. They have ended when the context is left, and their folders
-    are gone, but those on nodes that died.
+    Every node finds the graph under the same path, or copies it there from `uri`. `folder` is where they work on their
+    nodes, None the temporary one. They may not be ready yet: see `FeederPool.wait_ready`. They have ended when the
+    context is left, and their folders are gone, but those on nodes that died.
     """
     token = new_token()
     shared = folder or Path(tempfile.gettempdir()) / f"penstock-feeders-{os.getuid()}"
@@ -121,6 +121,7 @@ def open_feeder_actors(
         disk_bytes=config.feeder_disk,
         memory=memory,
         threads=config.feeder_threads,
+        uri=uri,
     )
     options: dict[str, Any] = {
         "num_cpus": config.feeder_threads,

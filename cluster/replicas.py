@@ -45,7 +45,7 @@ class RayPlace:
             return
         folder = None if config.remote.stage_dir is None else config.remote.stage_dir.absolute() / "feeders"
         with (
-            open_feeder_actors(config.dataset.absolute(), cluster, folder=folder) as pool,
+            open_feeder_actors(config.dataset.absolute(), cluster, uri=config.remote.dataset, folder=folder) as pool,
             open_directory(pool, str(ray.util.get_node_ip_address())) as directory,  # type: ignore[no-untyped-call]
         ):
             yield directory
