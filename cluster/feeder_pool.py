@@ -19,6 +19,9 @@ from typing import Any, Protocol
 
 from penstock.cluster.feeder import FeederSpec, open_feeder
 from penstock.cluster.feeder_folder import sweep
+from penstock.engine.chunked.backend import RankFailed
+from penstock.engine.supervision.events import FeederFailed, ReplaceFeeder
+from penstock.engine.supervision.policy import State, step
 from penstock.storage.lifeline import end_with
 from penstock.storage.transfer import Address, Refused, connect, new_token
 
@@ -52,19 +55,22 @@ class Loss:
 
 
 class FeederPool:
-    """Keeps `count` feeders alive, replacing at most `retries` times `count` of them; used by one thread.
+    """Keeps `count` feeders alive, replacing each at most `retries` times, as the failure policy says; used by one
+    thread.
 
     `losses` are those that were lost; `addresses` those that can be asked now.
     """
 
     def __init__(self, start: Callable[[], Handle], token: bytes, *, count: int, retries: int) -> None:
         self.token = token
-        self._start, self._count, self._left = start, count, retries * count
+        self._start, self._count = start, count
+        self._policy = State(num_ranks=1, feeder_retries=retries)
         self._handles: list[Handle] = []
+        self._seats: dict[Handle, int] = {}
         self._ends: list[threading.Thread] = []
         self.losses: list[Loss] = []
-        for _ in range(count):
-            self._handles.append(start())
+        for seat in range(count):
+            self._seat(seat)
 
     @property
     def addresses(self) -> list[Address]:
@@ -72,34 +78,46 @@ class FeederPool:
         return [handle.address for handle in self._handles if handle.address is not None]
 
     def poll(self) -> bool:
-        """Replace dead feeders; whether `addresses` changed since the last call. Never waits."""
+        """Replace dead feeders; whether `addresses` changed since the last call. Never waits.
+
+        RankFailed where one died that was replaced too often.
+        """
         before = self.addresses
         for handle in list(self._handles):
             cause = handle.look()
             if cause is not None:
-                self._lose(handle, cause)
+                self._lose(handle, cause, is_dead=True)
         return self.addresses != before
 
     def replace(self, address: Address, cause: str) -> None:
         """End a feeder that somebody found useless (see `Puller.faults`), and start another; no error if it is gone."""
         for handle in list(self._handles):
             if handle.address == address:
-                self._lose(handle, cause)
+                self._lose(handle, cause, is_dead=False)
 
-    def _lose(self, handle: Handle, cause: str) -> None:
-        self._handles.remove(handle)
-        self._end(handle)
-        is_replaced = self._left > 0
+    def _seat(self, seat: int) -> None:
+        handle = self._start()
+        self._handles.append(handle)
+        self._seats[handle] = seat
+
+    def _lose(self, handle: Handle, cause: str, *, is_dead: bool) -> None:
+        seat = self._seats[handle]
+        seen = FeederFailed(at_s=time.monotonic(), feeder=seat, is_dead=is_dead)
+        self._policy, decisions = step(self._policy, [seen])
+        is_replaced = ReplaceFeeder(seat) in decisions
+        if is_dead or is_replaced:  # one that is only slow stays, where there may be no other
+            self._handles.remove(handle)
+            del self._seats[handle]
+            self._end(handle)
         self.losses.append(Loss(where=handle.where, cause=cause, is_replaced=is_replaced))
         if is_replaced:
-            self._left -= 1
-            self._handles.append(self._start())
-        logger.warning(
-            "the feeder on %s was lost (%s); %s",
-            handle.where,
-            cause,
-            "another is started" if is_replaced else "no more",
-        )
+            logger.warning("the feeder on %s was lost (%s); another is started", handle.where, cause)
+            self._seat(seat)
+        elif is_dead:
+            raise RankFailed(
+                f"the feeder on {handle.where} was lost ({cause}), as were those in its place before it "
+                f"({len(self.losses)} losses in all); look at that node, or set fewer feeders"
+            )
 
     def wait_ready(self, timeout_s: float, count: int = 1) -> list[Address]:
         """Wait until `count` feeders can be asked; RuntimeError, naming the causes, where they are not in time."""

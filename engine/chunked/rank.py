@@ -4,6 +4,7 @@ Receives are posted two ahead, so that rows arrive while it computes; sends leav
 parameters of its stage, their optimizer, and its tables; it is used by one thread.
 """
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -96,6 +97,7 @@ class Rank:
             oldest_row=oldest,
             mean_age=sum(mean_ages) / max(1, len(mean_ages)),
             peak_rss_bytes=peak_rss_bytes(),
+            host=platform.node(),
         )
 
     def _counters(self) -> tuple[float, ...]:

@@ -114,6 +114,7 @@ class RankReport:
     oldest_row: int
     mean_age: float
     peak_rss_bytes: int
+    host: str = ""
 
     @property
     def busy_s(self) -> float:

@@ -19,6 +19,7 @@ from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
 from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
+from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.observation import Observation
 from penstock.report import draw_curves
 from penstock.run import Run
@@ -76,6 +77,7 @@ def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]
     layout = prepared.layout
     return {
         "rank": report.rank,
+        "host": report.host,
         "replica": layout.replica_of(report.rank),
         "part": layout.part_of(report.rank),
         "stage": layout.stage_of(report.rank),
@@ -88,6 +90,21 @@ def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]
         "history_stall_s": report.history_stall_s,
         "peak_rss_bytes": report.peak_rss_bytes,
     }
+
+
+def _straggler(trained: ChunkedResult) -> dict[str, Any] | None:
+    """The slowest rank of the last epoch; stages differ by design, and so by more than parts and replicas."""
+    times = [
+        RankTimes(
+            rank=report.rank,
+            host=report.host,
+            busy_s=report.busy_s,
+            waits={"history": report.history_stall_s},
+        )
+        for report in trained.reports
+    ]
+    found = find_straggler(times)
+    return None if found is None else found.to_json()
 
 
 def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
@@ -127,6 +144,7 @@ def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
         "resumed_from": trained.resumed_from,
         "chunks": asdict(prepared.chunks.meta),
         "schedule": _schedule(prepared, trained),
+        "straggler": _straggler(trained),
         "ranks": [_rank_section(report, prepared) for report in trained.reports],
     }
 

@@ -18,6 +18,7 @@ from penstock.cluster.feeder_pool import FeederPool, FeederProcess, open_feeder_
 from penstock.cluster.lane import Pace
 from penstock.cluster.puller import Puller
 from penstock.cluster.pulling import PulledFeed, open_pulled_feed, open_puller
+from penstock.engine.chunked.backend import RankFailed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.sampler.neighbors import SampleConfig, sample_trace
@@ -395,3 +396,16 @@ def test_requests_are_checked(pool: FeederPool, tmp_path: Path) -> None:
         with pytest.raises(Exception, match="set it up anew"):
             client.ask({"op": "open", "job": job.to_json()}, kept[:-8])
         assert client.ask({"op": "status"})[0]["fingerprint"] == job.meta.graph
+
+
+def test_a_feeder_that_keeps_dying_ends_the_run(tiny_graph: GraphStore, tmp_path: Path) -> None:
+    with open_feeder_processes(tiny_graph.path, tmp_path / "feeders", count=1, memory=64 << 20, retries=1) as pool:
+        for _ in range(2):
+            pool.wait_ready(60)
+            (process,) = pool._handles
+            os.kill(process.pid, signal.SIGKILL)  # type: ignore[attr-defined]  # a FeederProcess
+            if not pool.losses:
+                until(lambda: bool(pool.losses) or pool.poll())
+        with pytest.raises(RankFailed, match=r"was lost .*, as were those in its place .*2 losses in all"):
+            until(lambda: pool.poll() and False)
+    assert [loss.is_replaced for loss in pool.losses] == [True, False]
