@@ -1,6 +1,7 @@
 """What the verbs that work on a run folder do: open what they need, call it, print what came of it."""
 
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from penstock.config import RunConfig
 from penstock.display import print_columns, print_table, progress
 from penstock.engine.chunked.estimate import HEADINGS, estimate_rows, pick
 from penstock.inference import infer
-from penstock.prepare import plan_splits, prepare, read_summary
+from penstock.prepare import own_splits, plan_splits, prepare, read_summary
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.estimate import summary_rows
 from penstock.storage.budget import format_bytes, parse_bytes
@@ -60,13 +61,26 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
     if config.mode == "chunked":
         _plan_chunked(config, force=force, as_json=as_json, quiet=quiet)
         return
-    with _opened(config, force=force, quiet=quiet) as run:
-        plan_splits(run, (*run.evaluated_splits, "train"))
+    replicas = config.cluster.replicas
+    with _opened(config, force=force, quiet=quiet) as opened:
+        run = opened if replicas == 1 else _first_replica(opened)
+        plan_splits(run, (*own_splits(run), "train"))
         summary = read_summary(run, "train")
+        text = (run.path / "train" / "plan.json").read_text()
     if as_json:
-        print((config.run_dir / "train" / "plan.json").read_text())
+        print(text)
     else:
-        print_table(f"plan of {config.run_dir}", summary_rows(summary))
+        whose = "" if replicas == 1 else f", replica 0 of 0..{replicas - 1}"
+        print_table(f"plan of {config.run_dir}{whose}", summary_rows(summary))
+
+
+def _first_replica(run: Run) -> Run:
+    """Replica 0 of the run, in a folder where nobody looks for packs; the others have as many items, or one less."""
+    folder = run.path / "local" / "plan"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = run.config.model_copy(update={"run_dir": folder})
+    return Run(config, run.graph, run.progress, run.stop_requested, replicas=run.config.cluster.replicas)
 
 
 def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> None:
@@ -98,6 +112,11 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
         rows += [("cut edges", f"{meta.cut_edges / max(1, meta.num_edges):.1%}"), ("halo rows", f"{meta.alpha:.2f} N")]
         print_table(f"chunks of {config.run_dir}", [*rows, ("balance", f"{meta.balance:.2f}")])
         return
+    if config.has_replicas:
+        raise ValueError(
+            f"cluster.replicas={config.cluster.replicas}, feeders={config.cluster.feeders}, "
+            f"address={config.cluster.address}: replicas pack on their own hosts when they train; use penstock train"
+        )
     with _opened(config, force=force, quiet=quiet) as run:
         prepared = prepare(run, (*run.evaluated_splits, "train"))
     sizes = [(split, format_bytes(found.summary.pack_bytes)) for split, found in prepared.items()]
