@@ -61,12 +61,16 @@ def sum_over(transport: Transport, num_ranks: int, vector: Tensor, present: Sequ
     assert any(present), "a step without any item"
     if num_ranks == 2:  # as many bytes, in one round instead of two
         vector.copy_(_exchange(transport, [vector, vector], present))
-        return
-    own, others = transport.rank, [rank for rank in range(num_ranks) if rank != transport.rank]
-    shards = vector.tensor_split(num_ranks)
+    else:
+        _sum_in_shards(transport, vector.tensor_split(num_ranks), present)
+    transport.flush()  # else copies of the last few vectors stay in memory, as sends that nobody waited for
+
+
+def _sum_in_shards(transport: Transport, shards: Sequence[Tensor], present: Sequence[bool]) -> None:
+    own, others = transport.rank, [rank for rank in range(len(shards)) if rank != transport.rank]
     total = _exchange(transport, shards, present)
     for rank in others:
-        transport.expect(rank, "reduce", shards[rank].shape, vector.dtype)
+        transport.expect(rank, "reduce", shards[rank].shape, shards[rank].dtype)
     for rank in others:
         transport.send(rank, "reduce", total)
     shards[own].copy_(total)

@@ -41,6 +41,7 @@ class Stepper:
         self.model, self.device = model, device
         self.optimizer = build_optimizer(model.parameters(), config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.scaler.scale(torch.zeros(1, device=device))  # a replica may have a step before it has an item
         self.reduce_s = 0.0
         self._clip, self._autocast, self._seed, self._grouped = config.grad_clip, autocast, seed, grouped
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -64,13 +65,13 @@ class Stepper:
             logits = self.model(batch.blocks, batch.features)
         loss = node_loss(logits, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
-        weighed = loss * batch.num_seeds if self._grouped else loss
-        self.scaler.scale(weighed).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._grouped:
             self._take(batch.num_seeds)
         return loss.detach()
 
     def _take(self, num_seeds: int) -> None:
+        """Add an item's gradients and statistics, weighed by its seeds; weighing the loss would overflow float16."""
         vector = self._sums.buffer(self._like)
         at = 0
         for parameter in self._parameters:
@@ -78,10 +79,12 @@ class Stepper:
             if parameter.grad is None:
                 piece.zero_()
             else:
-                piece.copy_(parameter.grad.reshape(-1))
+                torch.mul(parameter.grad.reshape(-1), num_seeds, out=piece)
         for before, tensor in zip(self._before, self._statistics, strict=True):
             torch.mul(tensor.reshape(-1), num_seeds, out=vector[at : (at := at + tensor.numel())])
             tensor.copy_(before)
+        for counted, counter in self._counters:
+            counter.copy_(counted)
         vector[at] = num_seeds
         self._sums.add(vector)
 
@@ -115,7 +118,7 @@ class Stepper:
         for tensor in self._statistics:
             tensor.copy_(vector[at : (at := at + tensor.numel())].view_as(tensor))
         for before, tensor in self._counters:
-            tensor.fill_(int(before.add_(1)))
+            tensor.copy_(before.add_(1))
         self._sums.recycle(vector)
 
     def restored(self) -> None:

@@ -125,6 +125,39 @@ def test_a_group_steps_by_the_mean_over_its_seeds(tiny_graph: GraphStore, tiny_t
     assert torch.allclose(weights(ours.model), weights(plain), atol=1e-7)
 
 
+def test_a_scaled_step_is_that_of_one_without_even_before_the_first_item(
+    tiny_graph: GraphStore, tiny_trace: Trace
+) -> None:
+    items = batches(tiny_graph, tiny_trace, 2)
+    plain = stepper(tiny_graph, 2, grad_clip=0.1)
+    scaled, absent = (
+        Stepper(
+            stepper(tiny_graph, 2).model,
+            TrainConfig(lr=0.01, grad_clip=0.1),
+            device=torch.device("cpu"),
+            autocast=None,
+            scaled=True,
+            seed=0,
+            grouped=True,
+        )
+        for _ in range(2)
+    )
+    sent: list[Tensor] = []
+    for each in (plain, scaled):
+        each.begin_group()
+        for n, batch in enumerate(items):
+            each.add(batch, n)
+        each.step(0.01, lambda vector: sent.append(vector.clone()))
+
+    def receive(vector: Tensor) -> None:
+        vector.copy_(sent[-1])  # what another replica with the same scale has summed
+
+    absent.step(0.01, receive)
+    for each in (scaled, absent):
+        assert each.scaler.get_scale() == 2.0**16
+        assert torch.allclose(weights(each.model), weights(plain.model), atol=1e-6)
+
+
 @pytest.mark.parametrize(("replicas", "accumulate"), [(2, 2), (2, 4), (4, 4)])
 def test_replicas_end_with_the_bits_of_one(
     tiny_graph: GraphStore, tiny_trace: Trace, replicas: int, accumulate: int
