@@ -73,8 +73,9 @@ class ModelState:
         self.best = {name: t.detach().cpu().clone() for name, t in self.stepper.model.state_dict().items()}
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
-        """See Workers."""
-        tensors = {"model": self.stepper.model.state_dict(), "optimizer": flatten_state(self.stepper.optimizer)}
+        """See Workers; on the CPU, since who asks may be on a machine without a GPU."""
+        found = {"model": self.stepper.model.state_dict(), "optimizer": flatten_state(self.stepper.optimizer)}
+        tensors = {name: {key: t.detach().cpu() for key, t in named.items()} for name, named in found.items()}
         if self.best:
             tensors["best"] = self.best
         return tensors, self.stepper.scaler.state_dict()

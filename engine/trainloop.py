@@ -137,25 +137,33 @@ class TrainLoop:
         """Train on the next items, as many as may go by without a look at the clock."""
         state, config = self.state, self.config
         step = state.step
-        stop = min(step + self.workers.leg(step), (step // self.items_per_epoch + 1) * self.items_per_epoch)
+        stop = min(step + self.workers.leg(step), self._next_save(step))
         losses = self.workers.advance(step, stop)
         assert [at for at, *_ in losses] == list(range(step, stop)), f"steps {step}..{stop} were not all trained"
         self._pending += losses
         state.step = stop
         self._num_steps += stop - step
         self._num_seeds += sum(num_seeds for _, num_seeds, _ in losses)
-        logs = stop // config.log_every > step // config.log_every
-        if logs or len(self._pending) >= _MAX_PENDING:
+        if stop // config.log_every > step // config.log_every or len(self._pending) >= _MAX_PENDING:
             self._read_losses()
-        if logs:
-            self._log()
+
+    def _next_save(self, step: int) -> int:
+        """The end of the group, after `step`, at which `checkpoint_items` wants a checkpoint, or of the epoch."""
+        every, group, epoch = self.config.checkpoint_items, self.config.accumulate, step // self.items_per_epoch
+        end = (epoch + 1) * self.items_per_epoch
+        if every is None:
+            return end
+        start, due = epoch * self.items_per_epoch, (step // every + 1) * every
+        return min(end, start + -(-(due - start) // group) * group)
 
     def _read_losses(self) -> None:
-        """Bring the losses of the last steps from the device, all at once, and check them."""
+        """Bring the losses of the last steps from the device, all at once, check them, and write what is to be
+        logged."""
         if not self._pending:
             return
-        state = self.state
-        values = torch.stack([loss for *_, loss in self._pending]).tolist()
+        state, values = self.state, torch.stack([loss for *_, loss in self._pending]).tolist()
+        now = time.monotonic()
+        rate = (state.step - self._logged_step) / max(1e-9, now - self._logged_at)
         for (step, num_seeds, _), value in zip(self._pending, values, strict=True):
             if not math.isfinite(value):
                 raise ValueError(
@@ -167,6 +175,9 @@ class TrainLoop:
             state.loss_seeds += num_seeds
             state.window_sum += value
             state.window_steps += 1
+            if (step + 1) % self.config.log_every == 0:
+                self._log(step + 1, rate)
+                self._logged_at, self._logged_step = now, state.step
         self._pending.clear()
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -174,16 +185,13 @@ class TrainLoop:
         if self._record is not None:
             self._record(record)
 
-    def _log(self) -> None:
-        state, now = self.state, time.monotonic()
-        rate = (state.step - self._logged_step) / max(1e-9, now - self._logged_at)
+    def _log(self, step: int, rate: float) -> None:
+        state = self.state
         loss = state.window_sum / state.window_steps
-        lr = update_rate(self.config, state.step - 1, self.items_per_epoch)
-        record = {"step": state.step, "epoch": state.step / self.items_per_epoch, "loss": loss, "lr": lr}
-        self._write({**record, "items_per_s": rate})
-        self._progress("train", state.step, self.total_steps, "items", loss=loss, items_per_s=rate)
+        lr = update_rate(self.config, step - 1, self.items_per_epoch)
+        self._write({"step": step, "epoch": step / self.items_per_epoch, "loss": loss, "lr": lr, "items_per_s": rate})
+        self._progress("train", step, self.total_steps, "items", loss=loss, items_per_s=rate)
         state.window_sum, state.window_steps = 0.0, 0
-        self._logged_at, self._logged_step = now, state.step
 
     def _end_epoch(self) -> None:
         """Do what is due at the end of an epoch, if one has just ended."""

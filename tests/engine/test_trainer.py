@@ -157,6 +157,25 @@ def test_resumed_equals_uninterrupted(
     )
 
 
+def test_groups_of_items_resume_where_a_group_ends(
+    tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path
+) -> None:
+    options = {"accumulate": 2, "norm": "batch", "schedule": "cosine", "warmup_steps": 4, "patience": 4}
+    whole = Job(tiny_graph, traces, tmp_path / "whole", **options)
+    cut = Job(tiny_graph, traces, tmp_path / "cut", **options, checkpoint_items=3, keep_checkpoints=99)
+    expected = whole.run()
+    for step, group_end in ((0, 2), (4, 5), (5, 7), (23, 24)):  # a whole group, and the odd one at the end of an epoch
+        with pytest.raises(Stopped, match=f"at step {group_end} of"):
+            cut.run(step)
+    found = cut.run()
+    assert cut.weights() == whole.weights() and cut.lines() == whole.lines()
+    assert (found.losses, found.evaluations) == (expected.losses, expected.evaluations)
+    assert [line["step"] for line in cut.lines() if "lr" in line] == list(range(3, 31, 3))
+    saved = sorted(path.name for path in (cut.folder / "checkpoints").iterdir())
+    due = {4, 7, 9, 12, 15, 19, 22, 24, 27, 30}  # ends of groups that pass a multiple of three, or end there
+    assert saved == [f"step-{step:09d}" for step in sorted({2, 5, 7, 24} | due)]
+
+
 def test_dropout_depends_on_seed_and_step_alone(
     tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path
 ) -> None:
