@@ -146,10 +146,11 @@ class RunConfig(BaseModel):
 
     @property
     def work_dir(self) -> Path:
-        """Folder on each host for packs and scratch of its replicas."""
-        if self.remote.stage_dir is None:
+        """Folder on each host for packs and scratch of its replicas; beside other local copies where the run is remote,
+        since home folders may differ."""
+        if self.remote.stage_dir is None and self.remote.run_dir is None:
             return self.run_dir / "local"
-        return local_copy(str(self.remote.run_dir or self.run_dir.absolute()), "work", self.remote.stage_dir)
+        return local_copy(self.remote.run_dir or str(self.run_dir.absolute()), "work", self.remote.stage_dir)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a rerun to continue this run, flat: `{"train.lr": 0.01, ...}`."""

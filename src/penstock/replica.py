@@ -134,9 +134,11 @@ class Replica:
     def open_feed(self, start: int, stop: int) -> None:
         """Be ready for items [start, stop) of all replicas."""
         deal = self._deals[self.spec.rank]
+        first, last = deal.own_before(start), deal.own_before(stop)
         self._feed.close()
-        opened = self._source.open_train(deal.own_before(start), deal.own_before(stop))
-        self._batches = iter(self._feed.enter_context(opened))
+        self._batches: Iterator[MiniBatch] = iter(())
+        if first < last:  # else what is left, part of a group, is of other replicas
+            self._batches = iter(self._feed.enter_context(self._source.open_train(first, last)))
         self._state.stepper.model.train()
 
     def close_feed(self) -> None:
@@ -173,8 +175,10 @@ class Replica:
         stepper.begin_group()
         for number in range(own, own + counts[self.spec.rank]):
             began = time.perf_counter()
-            batch = next(self._batches)
+            batch = next(self._batches, None)
             got = time.perf_counter()
+            if batch is None:
+                raise RuntimeError(f"the feed ended at own item {number}, item {deal.whole(number)} of all replicas")
             assert batch.step == number, f"the feed gave step {batch.step}, wanted {number}"
             whole = deal.whole(number)
             found.append((whole, batch.num_seeds, stepper.add(batch, whole)))

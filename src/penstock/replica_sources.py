@@ -87,7 +87,14 @@ def own_folder(config: RunConfig, rank: int, replicas: int, fingerprint: str) ->
     """Hold the replica's folder: one of the attempt before this one may still be dying."""
     folder = replica_folder(config, rank, replicas)
     folder.mkdir(parents=True, exist_ok=True)
-    with flocked(folder / ".lock", wait_s=config.cluster.timeout_s):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(flocked(folder / ".lock", wait_s=config.cluster.timeout_s))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by {error}, which did not end within {config.cluster.timeout_s:g} s "
+                "(cluster.timeout_s); end it, or give another --stage-dir"
+            ) from None
         _claim(folder, {"run": config.digest(), "graph": fingerprint})
         yield folder
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.cluster.directory import Directory
+from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.chunked.backend import Backend, OpenBackend, RankFailed
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.evaluate import evaluate_exact
@@ -24,7 +25,7 @@ from penstock.engine.supervision.restarts import run_with_restarts
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop
 from penstock.engine.trainstate import Stopped, TrainResult
 from penstock.observation import Observation
-from penstock.prepare import sample_config
+from penstock.prepare import deal_items, sample_config
 from penstock.replica import Leg, ReplicaReport, ReplicaSpec
 from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
@@ -53,16 +54,13 @@ class ReplicaWorkers:
         self._run, self._backend, self._hosts, self._model = run, backend, hosts, model
         self._num, self._watch, self._feeders = len(hosts), watch, feeders
         self._item_s = 0.0  # seconds per item, of the last leg
-        self._may_stop = False
         self._waits = {"evaluate": 0.0, "checkpoint": 0.0}
 
     def prepare(self) -> int:
         """Let replicas sample and pack, or wait for a feeder; returns the items of an epoch."""
         sharing = max(self._hosts.count(host) for host in self._hosts)
         fed = None if self._feeders is None else self._fed(self._feeders)
-        self._may_stop = True
-        found: list[int] = self._call("prepare", [(sharing, fed)] * self._num)
-        self._may_stop = False
+        found: list[int] = self._call("prepare", [(sharing, fed)] * self._num, until_stopped=True)
         assert len(set(found)) == 1, f"replicas see epochs of {found} items: their graphs differ"
         return found[0]
 
@@ -78,14 +76,16 @@ class ReplicaWorkers:
             items={s: count_items(run.graph, s, sample_config(run.config, s).batch_size) for s in splits},
         )
 
-    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        return self._backend.call(method, arguments, self._poll)
+    def _call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, until_stopped: bool = False
+    ) -> list[Any]:
+        def poll() -> None:
+            if self._feeders is not None:
+                self._feeders.poll()
+            if until_stopped and self._run.stop_requested.is_set():
+                raise Stopped(f"stopped while replicas {method}; run the same command again to continue")
 
-    def _poll(self) -> None:
-        if self._feeders is not None:
-            self._feeders.poll()
-        if self._may_stop and self._run.stop_requested.is_set():
-            raise Stopped("stopped while replicas sample and pack; run the same command again to continue")
+        return self._backend.call(method, arguments, poll)
 
     @contextmanager
     def open(self, start: int, stop: int) -> Iterator[None]:
@@ -139,7 +139,7 @@ class ReplicaWorkers:
             )
             return {split: metrics for split, metrics in found.items()}
         totals = {split: Counts(run.graph.meta.num_classes) for split in splits}
-        for counted in self._call("evaluate", [(splits,)] * self._num):
+        for counted in self._call("evaluate", [(splits,)] * self._num, until_stopped=True):
             for split, counts in counted.items():
                 totals[split].add(counts)
         return {split: counts.metrics() for split, counts in totals.items()}
@@ -237,9 +237,7 @@ class Place(Protocol):
         """Start feeders, if there are to be any."""
 
 
-def _attempt(
-    run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observation, restarts: int, resume: bool
-) -> Replicated:
+def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observation, restarts: int) -> Replicated:
     config, model = run.config, make_model(run)
     with place.open_feeders() as feeders, place.open_backend(specs) as backend:
         hosts = place.hosts(backend, len(specs))
@@ -259,7 +257,7 @@ def _attempt(
             progress=run.progress,
             record=watch.record,
         )
-        trained = loop.run(resume=resume)
+        trained = loop.run()
         workers.take_best()
         final = workers.evaluate(run.splits_with_nodes) if run.evaluates else {}
         model.load_state_dict(workers.weights())
@@ -278,16 +276,20 @@ def _attempt(
 def train_replicas(run: Run, place: Place, watch: Observation, *, resume: bool) -> Replicated:
     """Train on replicas; they start anew from the newest checkpoint when one is lost.
 
-    RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop.
+    RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop;
+    ValueError, before anything starts, where there are fewer items than replicas can share.
     """
-    specs = replica_specs(run, place.threads)
+    specs, num_items = replica_specs(run, place.threads), count_items(run.graph, "train", run.config.sampler.batch_size)
+    deal_items(run.config, "train", len(specs) - 1, len(specs), num_items)
+    if not resume:  # here, and not by the loop: an attempt that never got so far must not leave them to the next one
+        delete_checkpoints(run.path / "checkpoints")
 
     def tell(number: int, error: BaseException) -> None:
         watch.restarted(number)
         logger.warning("%s; starting all replicas anew from the newest checkpoint", error)
 
     return run_with_restarts(
-        lambda number: _attempt(run, place, specs, watch, number, resume or number > 0),
+        lambda number: _attempt(run, place, specs, watch, number),
         run.config.cluster.retries,
         tell,
         stop_requested=run.stop_requested,

@@ -1,5 +1,6 @@
 """The main job on replicas: choose where they run, train, score, report."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -100,6 +101,8 @@ def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
 def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
     """Train `run` on replicas; returns the sections of `result.json`."""
     began, config, meta = time.perf_counter(), run.config, run.graph.meta
+    for name in ("train", "valid", "test", "local/plan"):  # packs of this run without replicas would fill the disk
+        shutil.rmtree(run.path / name, ignore_errors=True)
     opened: AbstractContextManager[Place] = _open_place(run)
     with opened as place:
         found = train_replicas(run, place, watch, resume=resume)

@@ -183,6 +183,7 @@ def open_run(
         with _locked(config.run_dir), held_run(config, stop) as lock:
             if force:
                 _forget(config.run_dir)
+                shutil.rmtree(config.work_dir, ignore_errors=True)
             stored = config.run_dir / "config.yaml"
             require_same(stored, config, config.run_dir)
             bring_back(config, force=force)

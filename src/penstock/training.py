@@ -1,6 +1,7 @@
 """The main job: prepare, feed, train, evaluate, report."""
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -132,6 +133,7 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
         sections = (train_chunked if chunked else train_replicated)(run, resume, watch)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
+    shutil.rmtree(run.config.work_dir, ignore_errors=True)  # packs of this run with replicas would fill the disk
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))
     evaluation, model = Evaluation(run, packs), make_model(run)
