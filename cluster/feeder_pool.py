@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from penstock.cluster.feeder import FeederSpec, open_feeder
+from penstock.cluster.feeder import open_feeder
+from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_folder import sweep
 from penstock.engine.chunked.backend import RankFailed
 from penstock.engine.supervision.events import FeederFailed, ReplaceFeeder

@@ -21,7 +21,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from penstock.cluster.config import ClusterConfig
-from penstock.cluster.feeder import FeederSpec, open_feeder
+from penstock.cluster.feeder import open_feeder
+from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_folder import sweep
 from penstock.cluster.feeder_pool import FeederPool
 from penstock.storage.transfer import Address, new_token

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -12,7 +13,7 @@ import xxhash
 
 from penstock.sampler.windowtask import WindowJob
 from penstock.storage.errors import DoesNotFit, FormatError, full_disk_is_clear
-from penstock.storage.pack import PackIndex, parse_pack_index
+from penstock.storage.pack import PackIndex, PackSetMeta, parse_pack_index
 from penstock.storage.trace import window_name
 from penstock.storage.transfer import Address, Client, Damaged, Refused, connect
 
@@ -198,18 +199,40 @@ class Lane:
         question = {"op": "fetch", "window": window}
         _, text = client.ask(question | {"part": "index"}, limit=_MAX_INDEX_BYTES)
         try:
-            index = parse_pack_index(json.loads(text), pulled)
-            ends = [lo + size for lo, size in zip(index.offsets, index.bytes, strict=True)]
-            fits = index.window == window and index.offsets == (0, *ends[:-1]) and ends[-1] == num_bytes
-        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            value = json.loads(text)
+        except ValueError as error:
             raise FormatError(f"the index of window {window} is malformed ({error})") from error
-        if not fits:
-            raise FormatError(f"the index of window {window} is of another window, or of other bytes")
+        if not isinstance(value, dict):
+            raise FormatError(f"the index of window {window} is malformed: it is no object")
+        index = parse_pack_index(value, pulled)
+        check_index(index, self._desk.job.meta, window, num_bytes)
         with full_disk_is_clear(pulled), open(pulled, "wb", buffering=0) as file:
             sink = PackSink(file, index)
             client.ask_into(question | {"part": "pack"}, sink, limit=num_bytes, sink_checks=True)
         sink.finish()
         return text
+
+
+def check_index(index: PackIndex, meta: PackSetMeta, window: int, num_bytes: int) -> None:
+    """FormatError unless this is the index of a whole window of so many bytes: readers trust its numbers."""
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    sizes, sums = index.bytes, index.xxh3
+    small = (index.first_item, index.max_inputs, index.shared_bytes)
+    wrong = (
+        index.window != window
+        or not all(map(is_size, small))
+        or index.max_inputs > meta.max_inputs
+        or index.shared_bytes > num_bytes
+        or not (isinstance(sizes, tuple) and sizes and all(is_size(size) and size > 0 for size in sizes))
+        or not (isinstance(sums, tuple) and len(sums) == len(sizes) and all(isinstance(xxh3, str) for xxh3 in sums))
+        or index.offsets != tuple(accumulate(sizes[:-1], initial=0))
+        or sum(sizes) != num_bytes
+    )
+    if wrong:
+        raise FormatError(f"the index of window {window} is malformed, or of other bytes; pack it again")
 
 
 class TooSlow(RuntimeError):

@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock.cluster.feeder import FeederSpec, open_feeder
+from penstock.cluster.feeder import open_feeder
+from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_pool import FeederPool, FeederProcess, open_feeder_processes
-from penstock.cluster.lane import Pace
+from penstock.cluster.lane import Pace, check_index
 from penstock.cluster.puller import Puller
 from penstock.cluster.pulling import PulledFeed, open_pulled_feed, open_puller
 from penstock.engine.chunked.backend import RankFailed
@@ -26,8 +28,9 @@ from penstock.sampler.plan import PlanConfig
 from penstock.sampler.rolling import used_bytes
 from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import GraphStore
+from penstock.storage.pack import read_pack_index
 from penstock.storage.transfer import Address, connect, new_token
 
 SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
@@ -305,6 +308,66 @@ def test_disks_keep_within_their_budgets_while_nobody_reads(
     assert 0 < highest[0] <= 240_000 and status["high_water_bytes"] <= 240_000
     assert 0 < highest[1] <= found.puller.stats().disk_high_water <= BUDGETS.disk_bytes
     assert not list((tmp_path / "feeder").iterdir())
+
+
+def test_a_window_that_is_being_fetched_gives_its_room_to_no_other(
+    tiny_graph: GraphStore, pool: FeederPool, tmp_path: Path
+) -> None:
+    token = new_token()
+    with pulled(pool.addresses, pool.token, tmp_path / "packs") as found:
+        job = found.puller.job
+    spec = FeederSpec(graph=tiny_graph.path, folder=tmp_path / "feeder", disk_bytes=FEEDER_DISK, memory=64 << 20)
+    with open_feeder(spec, token) as (_, address), connect(address, token, timeout_s=10) as client:
+        client.ask({"op": "open", "job": job.to_json()}, job.kept.astype("<i8").tobytes())
+
+        def states(*windows: int) -> list[str]:
+            told = client.ask({"op": "wait", "windows": windows, "seconds": 1.0})[0]["windows"]
+            return [told[str(window)]["state"] for window in windows]
+
+        last = job.meta.num_windows - 1
+        for window in (last - 1, last):
+            assert client.ask({"op": "build", "window": window})[0]["state"] != "no room"
+            until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
+        client.ask({"op": "fetch", "window": last, "part": "index"})
+        for window in range(last - 1):
+            if client.ask({"op": "build", "window": window})[0]["state"] == "no room":
+                break
+            until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
+        assert states(last - 1, last) == ["unknown", "done"]
+        pack = BytesIO()
+        client.ask_into({"op": "fetch", "window": last, "part": "pack"}, pack, sink_checks=True)
+        assert len(pack.getvalue()) > 0
+
+
+def test_an_index_that_no_window_can_have_is_refused(pool: FeederPool, tmp_path: Path) -> None:
+    with pulled(pool.addresses, pool.token, tmp_path / "packs") as found:
+        index = read_pack_index(tmp_path / "packs", _first_window(tmp_path / "packs"))
+        check_index(index, found.puller.job.meta, index.window, sum(index.bytes))
+        for changes in (
+            {"window": index.window + 1},
+            {"bytes": (-1, *index.bytes[1:])},
+            {"bytes": (0.5, *index.bytes[1:])},
+            {"bytes": ("1", *index.bytes[1:])},
+            {"bytes": index.bytes[1:]},
+            {"bytes": ()},
+            {"offsets": (4096, *index.offsets[1:])},
+            {"offsets": 0},
+            {"xxh3": index.xxh3[1:]},
+            {"xxh3": 7},
+            {"first_item": "0"},
+            {"first_item": -1},
+            {"max_inputs": None},
+            {"max_inputs": 1 << 40},
+            {"shared_bytes": -1},
+        ):
+            wrong = replace(index, **changes)  # type: ignore[arg-type]
+            with pytest.raises(FormatError, match="malformed"):
+                check_index(wrong, found.puller.job.meta, index.window, sum(index.bytes))
+
+
+def _first_window(packs: Path) -> int:
+    until(lambda: bool(list(packs.glob("window-*.json"))))
+    return int(min(packs.glob("window-*.json")).stem.split("-")[1])
 
 
 def _pack_bytes(folder: Path) -> int:
