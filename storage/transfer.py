@@ -17,6 +17,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -306,8 +307,12 @@ class Server:
                 sock, peer = self._listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # closed
-                return
+            except OSError as error:
+                if self._stopped:
+                    return
+                logger.warning("a connection could not be accepted: %s", error)  # too many files are open, mostly
+                time.sleep(_ACCEPT_S)
+                continue
             thread = threading.Thread(target=self._serve, args=(sock, peer), name="penstock-serve", daemon=True)
             with self._lock:
                 self._sockets.add(sock)
