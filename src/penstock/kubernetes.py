@@ -7,7 +7,7 @@ pod network, since KubeRay's operator asks it how the job is; a network policy l
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,8 +18,9 @@ from penstock import __version__
 from penstock.config import RunConfig
 from penstock.exit_codes import DATA, DOES_NOT_FIT, MISSING, RETRY, USAGE
 from penstock.launch_options import KubernetesOptions
-from penstock.portable import portable_config, spans_ray
-from penstock.storage.budget import GIB, MIB, parse_bytes
+from penstock.pod_sizes import Sizes, count_workers, feeder_sizes, is_rayjob, pod_sizes
+from penstock.portable import portable_config
+from penstock.storage.budget import GIB, MIB
 from penstock.storage.remote.config import is_uri
 
 Json = dict[str, Any]
@@ -45,20 +46,10 @@ _ENVIRONMENT = {
 _INSTANCE = "app.kubernetes.io/instance"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What one pod gets."""
-
-    cpus: int
-    gpus: int
-    memory_bytes: int
-    scratch_bytes: int
-
-
 def render(config: RunConfig, options: KubernetesOptions) -> str:
     """The manifests as YAML documents; ValueError where an option is wrong or the configuration holds a secret."""
     name = _name(config, options)
-    rayjob = _is_rayjob(config, options)
+    rayjob = is_rayjob(config, options)
     documents = [
         _config_map(name, config, rayjob),
         _rayjob(name, config, options) if rayjob else _job(name, config, options),
@@ -88,20 +79,11 @@ def cautions(config: RunConfig, options: KubernetesOptions) -> list[str]:
             f"image {_image(config, options)} is in no registry; build deploy/Dockerfile, push it, give --image"
         )
     if is_uri(value["dataset"]) and options.scratch_size is None:
-        size = _quantity(_sizes(config, options).scratch_bytes)
+        size = _quantity(pod_sizes(config, options).scratch_bytes)
         found.append(
             f"{SCRATCH} has {size}, also for the local copy of {value['dataset']}; give --scratch-size if more"
         )
     return found
-
-
-def _is_rayjob(config: RunConfig, options: KubernetesOptions) -> bool:
-    kind = options.kind or ("rayjob" if spans_ray(config) else "job")
-    if kind == "job" and (config.cluster.feeders or config.chunked.backend == "ray" or (options.workers or 1) > 1):
-        raise ValueError(
-            "--kind job is one pod without Ray; leave out feeders, workers and the ray backend, or the kind"
-        )
-    return kind == "rayjob"
 
 
 def _name(config: RunConfig, options: KubernetesOptions) -> str:
@@ -116,27 +98,7 @@ def _name(config: RunConfig, options: KubernetesOptions) -> str:
 
 
 def _image(config: RunConfig, options: KubernetesOptions) -> str:
-    return options.image or f"penstock:{__version__}{'-cuda' if _sizes(config, options).gpus else ''}"
-
-
-def _sizes(config: RunConfig, options: KubernetesOptions) -> Sizes:
-    """Per pod: budgets with room for Python, torch, the model, and page tables."""
-    host, disk = config.budgets.host_memory, config.budgets.disk
-    memory = 16 * GIB if host is None else host + host // 4 + 2 * GIB
-    scratch = 100 * GIB if disk is None else disk + disk // 4
-    return Sizes(
-        cpus=options.cpus or config.train.threads or 4,
-        gpus=options.gpus if options.gpus is not None else int(config.train.device.startswith("cuda")),
-        memory_bytes=parse_bytes(options.memory) if options.memory else memory,
-        scratch_bytes=parse_bytes(options.scratch_size) if options.scratch_size else scratch,
-    )
-
-
-def _num_workers(config: RunConfig) -> int:
-    chunked = config.chunked
-    if config.mode == "chunked":
-        return chunked.devices or chunked.stages * chunked.parts
-    return config.cluster.replicas
+    return options.image or f"penstock:{__version__}{'-cuda' if pod_sizes(config, options).gpus else ''}"
 
 
 def _config_map(name: str, config: RunConfig, rayjob: bool) -> Json:
@@ -181,14 +143,12 @@ def _rayjob(name: str, config: RunConfig, options: KubernetesOptions) -> Json:
 
 def _cluster(name: str, config: RunConfig, options: KubernetesOptions) -> Json:
     """A head for the driver, a group of pods that train, and one that feeds."""
-    sizes = _sizes(config, options)
-    num_workers = options.workers or _num_workers(config)
+    sizes = pod_sizes(config, options)
+    num_workers = options.workers or count_workers(config)
     groups = [_group(name, "workers", num_workers, config, options, sizes, config.cluster.replica_resources)]
     if config.cluster.feeders:
-        scratch = max(config.cluster.feeder_disk or 0, sizes.scratch_bytes)
-        feeder = replace(sizes, cpus=config.cluster.feeder_threads, gpus=0, scratch_bytes=scratch)
-        resources = _feeder_resources(config)
-        groups.append(_group(name, "feeders", config.cluster.feeders, config, options, feeder, resources))
+        sizes_there, resources = feeder_sizes(config, options), _feeder_resources(config)
+        groups.append(_group(name, "feeders", config.cluster.feeders, config, options, sizes_there, resources))
     return {
         "rayVersion": options.ray_version or _installed_ray(),
         "authOptions": {"mode": "token"} | ({"secretName": options.auth_secret} if options.auth_secret else {}),
@@ -230,7 +190,7 @@ def _installed_ray() -> str:
 
 def _job(name: str, config: RunConfig, options: KubernetesOptions) -> Json:
     """One pod, tried again after a preemption or a crash, but not where only another configuration would help."""
-    template = _pod(name, "penstock", config, options, _sizes(config, options))
+    template = _pod(name, "penstock", config, options, pod_sizes(config, options))
     template["spec"]["containers"][0]["args"] = _COMMAND[1:]
     template["spec"]["containers"][0]["command"] = _COMMAND[:1]
     for_good = [USAGE, DATA, DOES_NOT_FIT, MISSING]

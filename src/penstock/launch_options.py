@@ -37,13 +37,13 @@ class KubernetesOptions:
     workers: int | None = None
     "Pods that train. Default: one per replica or rank."
     cpus: int | None = None
-    "Cores per pod. Default: train.threads, else 4."
+    "Cores per pod. Default: train.threads, else 4, for each replica in it."
     gpus: int | None = None
-    "GPUs per pod that trains. Default: 1 where train.device is cuda."
+    "GPUs per pod that trains. Default: 1 (Ray: for each replica in it) where train.device is cuda."
     memory: str | None = None
-    "Memory per pod. Default: budgets.host_memory, a quarter more and 2 GiB; 16GiB where that is not set."
+    "Memory per pod. Default, for each replica in it: budgets.host_memory, a quarter more and 2 GiB; else 16GiB."
     scratch_size: str | None = None
-    "Disk per pod for packs, local copies and the run folder. Default: budgets.disk and a quarter more; else 100GiB."
+    "Disk per pod for packs, copies and run. Default, for each replica in it: budgets.disk and a quarter; else 100GiB."
     storage_class: str | None = None
     "Storage class of the scratch volumes, for example of local NVMe. Default: an emptyDir on the node's disk."
     volume: list[str] = field(default_factory=list)

@@ -169,9 +169,37 @@ def test_sizes_follow_the_configuration() -> None:
     assert claim["resources"]["requests"]["storage"] == "100Gi" and claim["storageClassName"] == "nvme"
 
 
-@pytest.mark.parametrize(("stages", "parts", "devices", "pods"), [(4, 2, None, 8), (1, 1, 6, 6)])
-def test_full_graph_ranks_have_a_pod_each(stages: int, parts: int, devices: int | None, pods: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (KubernetesOptions(kind="job"), 3),
+        (KubernetesOptions(kind="rayjob"), 1),
+        (KubernetesOptions(kind="rayjob", workers=2), 2),
+    ],
+)
+def test_a_pod_has_what_all_its_replicas_need(options: KubernetesOptions, times: int) -> None:
+    sizes = {"train__threads": 2, "train__device": "cuda", "budgets__host_memory": "8GiB", "budgets__disk": "40GiB"}
+    found = rendered(options, cluster__replicas=3, **sizes)
+    if "Job" in found:
+        pod = found["Job"]["spec"]["template"]["spec"]
+    else:
+        pod = found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] == {
+        "cpu": str(2 * times),
+        "memory": f"{12 * times}Gi",
+        "nvidia.com/gpu": "1" if options.kind == "job" else str(times),
+    }
+    assert pod["containers"][0]["resources"]["requests"]["ephemeral-storage"] == f"{50 * times}Gi"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "stages", "parts", "devices", "pods"), [(1, 4, 2, None, 8), (1, 1, 1, 6, 6), (2, 3, 1, None, 6)]
+)
+def test_full_graph_ranks_have_a_pod_each(
+    replicas: int, stages: int, parts: int, devices: int | None, pods: int
+) -> None:
     flags: dict[str, Any] = {"chunked__stages": stages, "chunked__parts": parts, "chunked__devices": devices}
+    flags["cluster__replicas"] = replicas
     found = rendered(mode="chunked", chunked__backend="ray", model__num_layers=8, **flags)
     assert found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == pods
 
@@ -220,7 +248,7 @@ def test_the_kind_follows_the_run() -> None:
     assert "RayJob" in rendered(cluster__address="auto")
     assert "RayJob" in rendered(KubernetesOptions(kind="rayjob"))
     assert "Job" in rendered(KubernetesOptions(kind="job"), cluster__replicas=2)  # replicas as processes of one pod
-    with pytest.raises(ValueError, match="one pod without Ray"):
+    with pytest.raises(ValueError, match="one pod without a cluster"):
         rendered(KubernetesOptions(kind="job"), cluster__replicas=2, cluster__feeders=1)
 
 
