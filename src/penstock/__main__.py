@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
 from penstock.launch_options import KubernetesOptions, SubmitOptions
+from penstock.run_options import RunOptions
 from penstock.storage import logs
 
 app = App(
@@ -20,139 +20,6 @@ app = App(
 )
 k8s = App(name="k8s", help="Manifests for Kubernetes.", default_parameter=Parameter(negative=()))
 app.command(k8s)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options of the verbs that work on a run folder. Flags win over --set, --set over the YAML file."""
-
-    run_dir: str | None = None
-    "Folder or URI of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
-    config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None
-    "YAML file with the whole configuration."
-    set: list[str] = field(default_factory=list)
-    "Override one key: --set train.lr=0.01. May be repeated."
-    host_memory: str | None = None
-    "Bytes of host memory for tiers and buffers, for example 4GiB. Default: half of what is free."
-    device_memory: str | None = None
-    "Bytes of device memory for the device tier. Default: 0 on CPU, half of what is free on CUDA."
-    disk: str | None = None
-    "Bytes of disk for packs and scratch. Default: 80 % of what is free."
-    fanouts: str | None = None
-    "Neighbours per layer, input side first, seeds last (DGL order): 10,15,20; -1 takes all."
-    batch_size: int | None = None
-    "Seeds per item."
-    model: Literal["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn", "custom"] | None = None
-    "Kind of layers."
-    layers: int | None = None
-    "Number of layers of full-graph training; sampled training has one per fanout."
-    hidden: int | None = None
-    "Width of the hidden layers."
-    epochs: int | None = None
-    "Epochs to train."
-    lr: float | None = None
-    "Learning rate."
-    seed: int | None = None
-    "Seed of everything: sampling, initial weights, dropout."
-    device: str | None = None
-    "cpu or cuda."
-    threads: int | None = None
-    "Threads for sampling, packing and compute. Default: the cores this process may use."
-    mode: Literal["sampled", "chunked"] | None = None
-    "Train on sampled mini-batches, or on the whole graph in chunks, with layers in a pipeline. Default: sampled."
-    chunks: int | None = None
-    "Chunks of the whole graph (chunked). Default: 32."
-    stages: int | None = None
-    "Stages that the layers are split into (chunked). Default: 1."
-    parts: int | None = None
-    "Parts that the nodes are split into (chunked). Default: 1."
-    devices: int | None = None
-    "Ranks in all; stages and parts are then chosen by predicted time (chunked)."
-    backend: Literal["threads", "processes", "ray"] | None = None
-    "What ranks are (chunked). Default: threads."
-    gradient_mode: Literal["stale", "surrogate", "gnnpipe", "drop", "mix"] | None = None
-    "Gradients between chunks (chunked). Default: stale."
-    pack_mode: Literal["auto", "reuse", "rolling"] | None = None
-    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer (sampled)."
-    policy: Literal["belady", "static", "none"] | None = None
-    "Who sits in the host tier."
-    ray: str | None = None
-    "Run on Ray: auto (this machine's cluster, or RAY_ADDRESS), local (start one), or host:port."
-    replicas: int | None = None
-    "Replicas of the model, each with its own items and packs; gradients are averaged. Default: 1."
-    accumulate: int | None = None
-    "Items per optimizer step, over all replicas. Default: one per replica."
-    feeders: int | None = None
-    "Processes that sample and pack for the replicas, on any node with room (Ray). Default: 0, replicas do it."
-    retries: int | None = None
-    "How often all replicas or ranks start anew from the newest checkpoint after a failure."
-    stage_dir: Path | None = None
-    "Local folder for copies of remote data, and for packs and scratch of replicas."
-    track: str | None = None
-    "Trackers that get all numbers: tensorboard, mlflow, wandb, separated by commas."
-    trace: str | None = None
-    "Write timeline.json, for Perfetto, of steps first:stop."
-    result_json: str | None = None
-    "Write a copy of result.json there, at a path or URI."
-    force: bool = False
-    "Delete what an earlier run left in the run folder and start anew."
-    quiet: bool = False
-    "No progress."
-
-    def load(self, dataset: str | None) -> Any:
-        """Compose the `RunConfig`; ValueError where it is wrong."""
-        from penstock.config import load_config
-
-        fanouts = None
-        if self.fanouts is not None:
-            try:
-                fanouts = tuple(int(part) for part in self.fanouts.split(","))
-            except ValueError as error:
-                raise ValueError(f"--fanouts {self.fanouts!r}: write integers like 10,15,20") from error
-        trace_steps = None
-        if self.trace is not None:
-            try:
-                trace_steps = tuple(int(part) for part in self.trace.split(":"))
-            except ValueError as error:
-                raise ValueError(f"--trace {self.trace!r}: write two steps like 100:140") from error
-        flags = {
-            "dataset": dataset,
-            "run_dir": self.run_dir,
-            "cluster.address": self.ray,
-            "cluster.replicas": self.replicas,
-            "cluster.feeders": self.feeders,
-            "cluster.retries": self.retries,
-            "chunked.retries": self.retries,
-            "train.accumulate": self.accumulate,
-            "remote.stage_dir": None if self.stage_dir is None else str(self.stage_dir),
-            "track.trackers": None if self.track is None else tuple(name for name in self.track.split(",") if name),
-            "track.trace_steps": trace_steps,
-            "budgets.host_memory": self.host_memory,
-            "budgets.device_memory": self.device_memory,
-            "budgets.disk": self.disk,
-            "sampler.fanouts": fanouts,
-            "sampler.batch_size": self.batch_size,
-            "sampler.seed": self.seed,
-            "mode": self.mode,
-            "chunked.chunks": self.chunks,
-            "chunked.stages": self.stages,
-            "chunked.parts": self.parts,
-            "chunked.devices": self.devices,
-            "chunked.backend": self.backend,
-            "chunked.gradient_mode": self.gradient_mode,
-            "plan.mode": self.pack_mode,
-            "plan.policy": self.policy,
-            "model.kind": self.model,
-            "model.num_layers": self.layers,
-            "model.hidden": self.hidden,
-            "train.epochs": self.epochs,
-            "train.lr": self.lr,
-            "train.seed": self.seed,
-            "train.device": self.device,
-            "train.threads": self.threads,
-        }
-        return load_config(self.config, self.set, flags)
 
 
 @app.command

@@ -1,4 +1,4 @@
-"""How many pods a run has on Kubernetes, and what each needs: budgets and threads are a replica's, a pod may have some."""
+"""How many pods a run has on Kubernetes, and what each needs: budgets and threads are those of one replica."""
 
 import math
 from dataclasses import dataclass, replace
