@@ -84,13 +84,6 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """A checkpoint is on disk."""
-
-    at_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FeederFailed:
     """A feeder died, or is too slow for those that it feeds."""
 
@@ -106,7 +99,7 @@ class Tick:
     at_s: float
 
 
-Observation = Called | Beat | Answered | Failed | Dumped | Ended | StopRequested | Saved | FeederFailed | Tick
+Observation = Called | Beat | Answered | Failed | Dumped | Ended | StopRequested | FeederFailed | Tick
 
 
 # decisions
@@ -155,11 +148,6 @@ class ReplaceFeeder:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Save, since the run is to stop; tell with Saved."""
-
-
-@dataclass(frozen=True, slots=True)
 class GiveUp:
     """Raise the cause."""
 
@@ -173,4 +161,4 @@ class Finish:
     code: int
 
 
-Decision = Wait | Proceed | DumpStacks | KillGroup | Restart | ReplaceFeeder | Checkpoint | GiveUp | Finish
+Decision = Wait | Proceed | DumpStacks | KillGroup | Restart | ReplaceFeeder | GiveUp | Finish

@@ -10,7 +10,8 @@
 
 A backend's watch has a state per group; `run_with_restarts` one per run, whose group counts as one rank. Of several
 errors the one that explains the others is the cause: a rank's own, before that of one that was lost or is silent,
-before that of one that lost a peer. The last is given `SETTLE_S` to be explained.
+before that of one that lost a peer. The last is given `SETTLE_S` to be explained. A stop is carried out by those who
+train: they save and end by themselves. Here it means that no new group follows.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from penstock.engine.supervision.events import (
     Beat,
     Called,
     Cause,
-    Checkpoint,
     Decision,
     Dumped,
     DumpStacks,
@@ -38,7 +38,6 @@ from penstock.engine.supervision.events import (
     Proceed,
     ReplaceFeeder,
     Restart,
-    Saved,
     StopRequested,
     Wait,
 )
@@ -79,7 +78,6 @@ class State:
     cause: Cause | None = None
     restarts: int = 0
     stops: bool = False
-    saves: bool = False  # the checkpoint of the stop was asked for
     replaced: tuple[tuple[int, int], ...] = ()  # feeders and how often they were
     outbox: tuple[Decision, ...] = ()  # decided by what was seen, and not told yet
 
@@ -122,8 +120,6 @@ def _take(state: State, seen: Observation) -> State:
             return _end(state)
         case StopRequested():
             return replace(state, stops=True)
-        case Saved() if state.saves and state.phase in ("idle", "calling"):
-            return _finish(state, Finish(EXIT_STOPPED))
         case FeederFailed() if state.phase not in ("ending", "over"):
             return _lose_feeder(state, seen)
     return state
@@ -216,8 +212,6 @@ def _weigh(state: State) -> State:
     """Decide what follows from all that was seen, and from the time."""
     if state.phase == "calling":
         return _weigh_call(state)
-    if state.phase == "idle" and state.stops and not state.saves:
-        return replace(state, saves=True, outbox=(*state.outbox, Checkpoint()))
     if state.phase == "waiting" and state.stops:
         return _finish(state, Finish(EXIT_STOPPED))
     if state.phase == "ending" and state.now_s - state.since_s >= KILL_S:
@@ -230,8 +224,7 @@ def _weigh_call(state: State) -> State:
     if (cause := _cause(state)) is not None:
         return _kill(state, cause)
     if not state.pending:
-        state = _enter(state, "idle", Proceed())
-        return _weigh(state)
+        return _enter(state, "idle", Proceed())
     if state.suspect is not None:
         if state.now_s - state.suspected_s < DUMP_S:
             return state

@@ -12,7 +12,6 @@ from penstock.engine.supervision.events import (
     Beat,
     Called,
     Cause,
-    Checkpoint,
     Decision,
     Dumped,
     DumpStacks,
@@ -27,7 +26,6 @@ from penstock.engine.supervision.events import (
     Proceed,
     ReplaceFeeder,
     Restart,
-    Saved,
     StopRequested,
     Tick,
     Wait,
@@ -173,19 +171,9 @@ def test_nothing_is_started_beside_a_group_that_does_not_end() -> None:
     assert told[2:] == [(GiveUp(Cause("lost", 0, 1)),), ()]
 
 
-def test_a_stop_is_obeyed_after_the_call_with_a_checkpoint() -> None:
-    stop, save = StopRequested(at_s=1), Called(at_s=3, timeout_s=TIMEOUT_S)
-    both = [answered(2, 0), answered(2, 1)]
-    told = play([CALL], [stop], both, [save], [answered(4, 0), answered(4, 1)], [Saved(at_s=5)], [Tick(at_s=6)])
-    assert told[1:] == [(Wait(10),), (Proceed(), Checkpoint()), (Wait(13),), (Proceed(),), (Finish(75),), ()]
-
-
-def test_a_stop_between_calls_saves_at_once() -> None:
-    assert play([StopRequested(at_s=1)], [Saved(at_s=2)]) == [(Checkpoint(),), (Finish(75),)]
-
-
-def test_a_checkpoint_that_nobody_stopped_for_ends_nothing() -> None:
-    assert play([Saved(at_s=2)]) == [(Wait(None),)]
+def test_a_stop_does_not_end_a_call() -> None:
+    told = play([CALL], [StopRequested(at_s=1)], [answered(2, 0), answered(2, 1)])
+    assert told[1:] == [(Wait(10),), (Proceed(),)]
 
 
 def test_a_group_that_fails_while_it_is_to_stop_is_not_restarted() -> None:
@@ -220,7 +208,6 @@ SEEN = st.one_of(
     st.builds(Dumped, at_s=st.just(0.0), frozen=st.frozensets(RANKS), waiting=st.frozensets(RANKS)),
     st.builds(Ended, at_s=st.just(0.0)),
     st.builds(StopRequested, at_s=st.just(0.0)),
-    st.builds(Saved, at_s=st.just(0.0)),
     st.builds(FeederFailed, at_s=st.just(0.0), feeder=st.integers(0, 1), is_dead=st.booleans()),
     st.builds(Tick, at_s=st.just(0.0)),
 )
@@ -288,8 +275,6 @@ def test_a_driver_that_obeys_always_comes_to_an_end(history: list[list[Observati
                 case Restart(pause_s=pause_s):
                     now += pause_s
                     seen.append(Called(at_s=now, timeout_s=5.0))
-                case Checkpoint():
-                    seen.append(Saved(at_s=now))
                 case Proceed():
                     seen.append(Called(at_s=now, timeout_s=5.0))
         state, decisions = step(state, seen or [Tick(at_s=now)])
