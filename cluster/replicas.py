@@ -22,8 +22,7 @@ class RayPlace:
     def __init__(self, config: Any, open_rank: str) -> None:
         self._config = config
         cluster: ClusterConfig = config.cluster
-        reserved = cluster.feeders * cluster.feeder_threads
-        self.threads: int = config.train.threads or threads_per_replica(cluster.replicas, reserved)
+        self.threads: int = config.train.threads or threads_per_replica(alive_nodes(), cluster)
         self.open_backend = partial(
             open_ray,
             open_rank=open_rank,

@@ -2,23 +2,33 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
+from penstock.cluster.config import ClusterConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A node that is alive: Ray's id, the host's name and address, and its CPUs and GPUs."""
+    """A node that is alive: Ray's id, the host's name and address, and all that it has, `CPU` and `GPU` among it."""
 
     node_id: str
     host: str
     address: str
-    cpus: float
-    gpus: float
+    amounts: Mapping[str, float]
+
+    @property
+    def cpus(self) -> float:
+        """In all."""
+        return self.amounts.get("CPU", 0.0)
+
+    def has(self, resources: Mapping[str, float]) -> bool:
+        """Whether it has as much of each, were it idle."""
+        return all(self.amounts.get(name, 0.0) >= amount for name, amount in resources.items())
 
 
 @contextmanager
@@ -60,17 +70,22 @@ def alive_nodes() -> list[Node]:
             node_id=node["NodeID"],
             host=node["NodeManagerHostname"],
             address=node["NodeManagerAddress"],
-            cpus=node["Resources"].get("CPU", 0.0),
-            gpus=node["Resources"].get("GPU", 0.0),
+            amounts=node["Resources"],
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     ]
 
 
-def threads_per_replica(replicas: int, reserved_cpus: int) -> int:
-    """How many threads each of `replicas` may have when they share the cluster, less what others need."""
-    cpus = [node.cpus for node in alive_nodes() if node.cpus >= 1]
-    if not cpus:
-        return 1
-    return max(1, int(min(min(cpus), (sum(cpus) - reserved_cpus) // replicas)))
+def threads_per_replica(nodes: Sequence[Node], config: ClusterConfig) -> int:
+    """How many threads each replica may have on the nodes that it may use, less what feeders need there.
+
+    Nodes that feeders are bound to by `feeder_resources` are theirs, so small ones do not make replicas small.
+    """
+    found = [node for node in nodes if node.cpus >= 1 and node.has(config.replica_resources)]
+    reserved = config.feeders * config.feeder_threads
+    apart = [node for node in found if not node.has(config.feeder_resources)]
+    if apart:
+        found, reserved = apart, 0
+    cpus = [node.cpus for node in found]
+    return max(1, int(min(min(cpus), (sum(cpus) - reserved) // config.replicas))) if cpus else 1
