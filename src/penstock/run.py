@@ -79,10 +79,8 @@ class Run:
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
-        """Splits that are sampled for evaluation: those that have nodes, if the user wants it so."""
-        if self.config.evaluate.mode != "sampled":
-            return ()
-        return self.splits_with_nodes
+        """Splits that are sampled for evaluation: those that have nodes, if there is one and the user wants it so."""
+        return self.splits_with_nodes if self.evaluates and self.config.evaluate.mode == "sampled" else ()
 
     @property
     def splits_with_nodes(self) -> tuple[Split, ...]:

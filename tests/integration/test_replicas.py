@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -21,6 +22,7 @@ from penstock.engine.chunked.transport import ThreadHub, ThreadTransport
 from penstock.engine.trainstate import Stopped
 from penstock.replica import ReplicaSpec, open_replica
 from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.graph import GraphStore
 from penstock.training import train
 
 
@@ -78,16 +80,31 @@ def alone(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome(train(configure(graph, run)), run)
 
 
-def test_replicas_end_with_the_weights_of_one(graph: Path, tmp_path: Path) -> None:
-    exact = {"evaluate.mode": "exact"}  # rolling samples every epoch anew
-    expected = outcome(train(configure(graph, tmp_path / "a", sampled_epochs=3, **exact)), tmp_path / "a")
+def test_replicas_end_with_the_weights_of_one(make_graph: Callable[..., GraphStore], tmp_path: Path) -> None:
+    """Of a weighted graph with several labels per node, hop by hop, in rolling windows: all that no other test has."""
+    rng = np.random.default_rng(3)
+    edges = np.unique(rng.integers(0, 300, (2500, 2)), axis=0)
+    labels, weights = (rng.random((300, 3)) > 0.5).astype(np.uint8), rng.random(len(edges)).astype(np.float32)
+    graph = make_graph(300, edges, weights=weights, labels=labels).path
+    sampling = {"sampler.weighted": True, "sampler.mode": "hop", "sampler.batch_size": 18}
+    options = {**sampling, "evaluate.mode": "exact", "model.kind": "gcn"}
+    # rolling samples every epoch anew
+    expected = outcome(train(configure(graph, tmp_path / "a", sampled_epochs=3, **options)), tmp_path / "a")
     run = tmp_path / "b"
-    result = train(configure(graph, run, **exact, **{"cluster.replicas": 2, "plan.mode": "rolling"}))
+    result = train(configure(graph, run, **options, **{"cluster.replicas": 2, "plan.mode": "rolling"}))
     assert outcome(result, run) == expected
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
     assert [rank["items"] for rank in result["ranks"]] == [3 * 9, 3 * 8]
     assert all(rank["bytes_sent"] > 0 for rank in result["ranks"])
     assert not list(psutil.Process().children())
+
+
+def test_without_a_valid_split_nothing_is_evaluated(tmp_path: Path) -> None:
+    graph = tmp_path / "graph"
+    generate_graph(graph, GenerateConfig(num_nodes=800, avg_degree=4, valid=0.0, test=0.1), host_memory=32 << 20)
+    result = train(configure(graph, tmp_path / "run", **{"train.epochs": 1}))
+    assert not {"valid_accuracy", "test_accuracy"} & set(result["metrics"])
+    assert not (tmp_path / "run" / "test").exists()
 
 
 def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: Outcome) -> None:
@@ -139,42 +156,41 @@ def wait_for(found: Callable[[], Any]) -> Any:
     raise AssertionError("it did not come within 60 s")
 
 
-def test_a_killed_replica_is_replaced(graph: Path, tmp_path: Path, alone: Outcome) -> None:
-    run, killed = tmp_path / "run", list[int]()
+def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcome) -> None:
+    """One while it packs, before the checkpoints of the run to start over are of no use, and one while it trains."""
+    run, stop, seen, killed = tmp_path / "run", threading.Event(), list[int](), list[int]()
 
-    def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
-        if stage == "train" and done >= 20 and not killed:
-            victim = psutil.Process().children()[-1]
-            victim.kill()
-            killed.append(victim.pid)
+    def stop_late(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        if stage == "train" and done >= 40:
+            stop.set()
 
-    options = {"cluster.replicas": 2, "train.checkpoint_items": 8}
-    result = train(configure(graph, run, **options), progress=show)
-    assert killed and result["restarts"] == 1
-    assert outcome(result, run) == alone
-    assert not list(psutil.Process().children())
+    with pytest.raises(Stopped, match="stopped at step 42"):
+        train(configure(graph, run), progress=stop_late, stop_requested=stop)
 
+    def kill() -> None:
+        victim = psutil.Process().children()[-1]
+        victim.kill()
+        killed.append(victim.pid)
 
-def test_starting_over_is_not_forgotten_when_a_replica_dies_early(graph: Path, tmp_path: Path) -> None:
-    run, stop = tmp_path / "run", threading.Event()
-    options = {"train.epochs": 1, "evaluate.mode": "none"}
+    def kill_early() -> None:
+        wait_for(lambda: list(run.glob("local/replica-*/replica.json")))
+        kill()
 
     def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         if stage == "train":
-            stop.set()
+            seen.append(done)
+            if done >= 20 and len(killed) < 2:
+                kill()
 
-    with pytest.raises(Stopped):
-        train(configure(graph, run, **options), progress=show, stop_requested=stop)
-
-    def kill() -> None:
-        wait_for(lambda: list(run.glob("local/replica-*/replica.json")))
-        psutil.Process().children()[-1].kill()
-
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill_early)
     thread.start()
-    result = train(configure(graph, run, **options, **{"cluster.replicas": 2}), resume=False)
+    options = {"cluster.replicas": 2, "train.checkpoint_items": 8}
+    result = train(configure(graph, run, **options), resume=False, progress=show)
     thread.join()
-    assert result["restarts"] == 1 and result["resumed_from"] == 0
+    assert len(killed) == result["restarts"] == 2
+    assert seen[0] == 4 and result["resumed_from"] > 0
+    assert outcome(result, run) == alone
+    assert not list(psutil.Process().children())
 
 
 def test_a_killed_driver_leaves_no_replica_and_is_resumed(graph: Path, tmp_path: Path, alone: Outcome) -> None:
