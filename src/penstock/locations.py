@@ -46,9 +46,12 @@ def local_output(location: Path | str) -> Iterator[Path]:
         yield Path(location)
         return
     uri = str(location)
-    open_remote(uri.rsplit("/", 1)[0])  # a wrong URI is found before the work
+    parent, _, name = uri.rpartition("/")
+    open_remote(parent)  # a wrong URI is found before the work
+    if name in ("", ".", ".."):
+        raise ValueError(f"{uri} is a folder; write the URI of a file to make, like {parent}/out.parquet")
     with tempfile.TemporaryDirectory(prefix="penstock-out-") as folder:
-        path = Path(folder) / uri.rsplit("/", 1)[1]
+        path = Path(folder) / name
         yield path
         publish_file(path, uri)
 
@@ -62,7 +65,7 @@ def publish_file(path: Path, uri: str) -> None:
 def upload_store(folder: Path, uri: str, *, progress: Progress = silent) -> None:
     """Copy a local graph store to a URI, its manifest last; ValueError where another store is there.
 
-    A killed upload starts over, but for the files that are there in their size.
+    A killed upload starts over: sizes alone do not tell whose files are there.
     """
     remote = open_remote(uri)
     data = (folder / MANIFEST).read_bytes()

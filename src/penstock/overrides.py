@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from penstock.storage.remote.uris import redacted
+from penstock.storage.redaction import redact_text
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -67,4 +67,4 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")
         else:
             lines.append(f"{dotted or 'configuration'}={problem['input']!r}: {problem['msg']}")
-    return redacted("; ".join(lines))
+    return redact_text("; ".join(lines))

@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from penstock.storage.errors import DataError, DoesNotFit, MissingDependency, full_disk_is_clear
 from penstock.storage.manifest import fsync_folder
-from penstock.storage.remote.uris import check_uri, redacted
+from penstock.storage.redaction import redact_text
+from penstock.storage.remote.uris import check_uri
 
 logger = logging.getLogger(__name__)
 
@@ -206,21 +207,23 @@ class RemoteFolder:
             except FileNotFoundError as error:
                 if verb not in _WRITING:
                     raise
-                raise DataError(f"cannot {verb} {self.uri_of(name)}: {redacted(str(error))}; make it first") from error
+                raise DataError(
+                    f"cannot {verb} {self.uri_of(name)}: {redact_text(str(error))}; make it first"
+                ) from error
             except _FINAL:
                 raise
             except PermissionError as error:
                 raise DataError(
-                    f"{self.uri_of(name)}: access is refused ({redacted(str(error))}); check the credentials in the "
+                    f"{self.uri_of(name)}: access is refused ({redact_text(str(error))}); check the credentials in the "
                     "environment, or the machine's role"
                 ) from error
             except Exception as error:  # of libraries, each with its own types
                 if attempt == self._tries:
                     raise RemoteError(
                         f"cannot {verb} {self.uri_of(name)}: {attempt} tries in {time.monotonic() - began:.0f} s "
-                        f"failed, the last with {type(error).__name__}: {redacted(str(error))}"
+                        f"failed, the last with {type(error).__name__}: {redact_text(str(error))}"
                     ) from error
-                logger.info("%s %s failed, trying again: %s", verb, self.uri_of(name), redacted(str(error)))
+                logger.info("%s %s failed, trying again: %s", verb, self.uri_of(name), redact_text(str(error)))
                 time.sleep(pause_s)
                 pause_s *= 2
         raise AssertionError("there is at least one try")
@@ -273,6 +276,6 @@ def open_remote(uri: str, *, tries: int = TRIES, timeout_s: float = TIMEOUT_S) -
         raise MissingDependency(f"{uri} needs a library that is not installed ({error}); {remedy}") from error
     except ValueError as error:
         raise ValueError(
-            f"{uri}: {redacted(str(error))}; use a protocol that fsspec knows, like s3, gs, az or file"
+            f"{uri}: {redact_text(str(error))}; use a protocol that fsspec knows, like s3, gs, az or file"
         ) from error
     return RemoteFolder(uri, files, str(root), tries=tries, timeout_s=timeout_s)

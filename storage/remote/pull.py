@@ -137,6 +137,8 @@ def _check_checkpoint(path: Path, uri: str) -> None:
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / STATE).read_bytes())["files"]
         for name, entry in files.items():
+            if "/" in name or name[0] == ".":
+                raise FormatError(f"{uri}/{STATE} names {name!r}, which is no file of a checkpoint")
             file = path / name if (path / name).is_file() else path / f"{name}.safetensors"
             if not file.is_file() or file.stat().st_size != entry["bytes"] or checksum_file(file) != entry["xxh3"]:
                 raise FormatError(f"{uri}/{file.name} is missing or not what {STATE} says")

@@ -16,7 +16,7 @@ import pytest
 from penstock.__main__ import main
 from penstock.config import RunConfig, load_config
 from penstock.engine.trainstate import Stopped
-from penstock.locations import upload_store
+from penstock.locations import local_output, upload_store
 from penstock.run import open_run
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import open_graph
@@ -206,7 +206,7 @@ def test_a_uri_of_another_configuration_is_refused_unless_forced(store: Path, tm
 
 
 def test_credentials_in_a_uri_are_refused_before_anything_is_written(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds credentials") as raised:
+    with pytest.raises(ValueError, match="a secret under dataset") as raised:
         load_config(flags={"dataset": "s3://KEY:hunter2@bucket/graph", "run_dir": str(tmp_path / "run")})
     assert "hunter2" not in str(raised.value) and not (tmp_path / "run").exists()
 
@@ -221,6 +221,12 @@ def test_a_store_is_uploaded_with_its_manifest_last(store: Path, tmp_path: Path)
     other = generate_graph(tmp_path / "other", GenerateConfig(num_nodes=500, num_features=8), host_memory=32 << 20)
     with pytest.raises(ValueError, match="holds another store"):
         upload_store(other.path, there.as_uri())
+
+
+@pytest.mark.parametrize("name", ["", ".."])
+def test_a_folder_is_no_file_to_write(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="write the URI of a file"), local_output(f"{tmp_path.as_uri()}/out/{name}"):
+        pytest.fail("it was opened")
 
 
 def test_a_store_is_ingested_to_a_uri(tmp_path: Path) -> None:

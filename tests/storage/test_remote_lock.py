@@ -124,12 +124,11 @@ def test_a_live_lock_of_another_machine_is_not_taken_over_whatever_its_clock_say
 def test_a_damaged_lock_counts_as_one_that_nobody_refreshes(tmp_path: Path, left: bytes) -> None:
     uri = (tmp_path / "run").as_uri()
     open_remote(uri).write(LOCK, left)
-    waits = 0
 
     def waiting() -> None:
-        nonlocal waits
-        waits += 1
-        if waits == 3:  # the usual wait is a minute; another makes it short by writing what it should have written
+        if (
+            tmp_path / "run" / LOCK
+        ).read_bytes() == left:  # a minute's wait; another writes what it should have written
             open_remote(uri).write(LOCK, b'{"refresh_s": 0.05}')
 
     with hold(uri, "me", refresh_s=0.1, waiting=waiting):
