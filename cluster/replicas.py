@@ -23,6 +23,7 @@ class RayPlace:
         self._config = config
         cluster: ClusterConfig = config.cluster
         self.threads: int = config.train.threads or threads_per_replica(alive_nodes(), cluster)
+        self.num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         self.open_backend = partial(
             open_ray,
             open_rank=open_rank,

@@ -43,14 +43,19 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_stepper(model: nn.Module, config: TrainConfig, *, grouped: bool) -> Stepper:
-    """The stepper that a configuration describes, its model on the configured device.
-
-    ValueError where the device cannot do the precision.
-    """
-    device = torch.device(config.device)
-    if config.precision == "float16" and device.type != "cuda":
+def check_device(config: TrainConfig) -> None:
+    """ValueError where this machine has no such device, or it cannot do the precision."""
+    is_cuda = torch.device(config.device).type == "cuda"
+    if is_cuda and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device}, but this machine has no CUDA device; set device to cpu")
+    if config.precision == "float16" and not is_cuda:
         raise ValueError(f"precision=float16 needs a CUDA device, device={config.device!r}; use bfloat16 or float32")
+
+
+def make_stepper(model: nn.Module, config: TrainConfig, *, grouped: bool) -> Stepper:
+    """The stepper that a configuration describes, its model on the configured device; see `check_device`."""
+    check_device(config)
+    device = torch.device(config.device)
     return Stepper(
         model.to(device),
         config,

@@ -37,7 +37,8 @@ OPEN_REPLICA = "penstock.replica:open_replica"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What a replica is told when it starts; paths are absolute. A `backend.WorkerSpec`."""
+    """What a replica is told when it starts; paths are absolute, `per_gpu` replicas share a GPU. A
+    `backend.WorkerSpec`."""
 
     rank: int
     layout: Layout
@@ -46,6 +47,7 @@ class ReplicaSpec:
     device: str
     timeout_s: float
     config: RunConfig
+    per_gpu: int = 1
 
     @property
     def place(self) -> str:
@@ -110,18 +112,17 @@ class Replica:
 
     @contextmanager
     def _open_source(self, sharing: int, fed: Fed | None) -> Iterator[Source]:
-        where = (self._config, self.spec.rank, self._replicas)
+        where, device_bytes = (self._config, self.spec.rank, self._replicas), None
+        if (
+            torch.device(self.spec.device).type == "cuda"
+        ):  # half of a GPU is for device tiers, the other half for models
+            device_bytes = torch.cuda.mem_get_info(self.spec.device)[0] // (2 * self.spec.per_gpu)
         if fed is None:
-            with open_own_packs(*where, sharing=sharing, progress=self._progress) as packs:
+            with open_own_packs(*where, sharing=sharing, device_bytes=device_bytes, progress=self._progress) as packs:
                 yield packs
         else:
-            with open_fed_items(*where, fed, sharing=sharing, device_bytes=self._free_device) as items:
+            with open_fed_items(*where, fed, sharing=sharing, device_bytes=device_bytes) as items:
                 yield items
-
-    def _free_device(self) -> int | None:
-        """Half of a GPU's free memory for the device tier; the other half is the model's."""
-        device = torch.device(self.spec.device)
-        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else None
 
     def _progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         self._beat(int(done), int(total))

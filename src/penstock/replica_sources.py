@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,9 +99,11 @@ def own_folder(config: RunConfig, rank: int, replicas: int, fingerprint: str) ->
         yield folder
 
 
-def _share_of_host(config: RunConfig, folder: Path, sharing: int) -> RunConfig:
+def _share_of_host(config: RunConfig, folder: Path, sharing: int, device_bytes: int | None) -> RunConfig:
     """The configuration for a folder of this replica; what the user left open is shared by the replicas of a host."""
     budgets, given = config.budgets, dict[str, int]()
+    if budgets.device_memory is None and device_bytes is not None:
+        given["device_memory"] = device_bytes
     if budgets.host_memory is None:
         given["host_memory"] = available_memory() // (2 * sharing)
     if budgets.disk is None:
@@ -158,9 +160,10 @@ class OwnPacks:
 
 @contextmanager
 def open_own_packs(
-    config: RunConfig, rank: int, replicas: int, *, sharing: int, progress: Progress
+    config: RunConfig, rank: int, replicas: int, *, sharing: int, device_bytes: int | None, progress: Progress
 ) -> Iterator[OwnPacks]:
-    """Sample and pack this replica's items, or find that it is done; `sharing` replicas share this host."""
+    """Sample and pack this replica's items, or find that it is done; `sharing` replicas share this host, and
+    `device_bytes` of the GPU are free for this one."""
     with ExitStack() as stack:
         if config.remote.dataset is not None:
             place = local_copy(config.remote.dataset, "datasets", config.remote.stage_dir)  # home folders may differ
@@ -168,7 +171,7 @@ def open_own_packs(
             config = config.model_copy(update={"dataset": place})
         graph = open_graph(config.dataset)
         folder = stack.enter_context(own_folder(config, rank, replicas, graph.fingerprint))
-        own = _share_of_host(config, folder, sharing)
+        own = _share_of_host(config, folder, sharing, device_bytes)
         yield OwnPacks(Run(own, graph, progress, threading.Event(), rank=rank, replicas=replicas))
 
 
@@ -267,15 +270,15 @@ class FedItems:
 
 @contextmanager
 def open_fed_items(
-    config: RunConfig, rank: int, replicas: int, fed: Fed, *, sharing: int, device_bytes: Callable[[], int | None]
+    config: RunConfig, rank: int, replicas: int, fed: Fed, *, sharing: int, device_bytes: int | None
 ) -> Iterator[FedItems]:
-    """Be fed; `sharing` replicas share this host."""
+    """Be fed; see `open_own_packs`."""
     with own_folder(config, rank, replicas, fed.fingerprint) as folder:
-        own = _share_of_host(config, folder, sharing)
+        own = _share_of_host(config, folder, sharing, device_bytes)
         given = own.budgets
         budgets = default_budgets(
             folder,
-            device_bytes=given.device_memory if given.device_memory is not None else device_bytes(),
+            device_bytes=given.device_memory,
             host_bytes=given.host_memory,
             disk_bytes=given.disk,
         )

@@ -6,6 +6,7 @@ writes, so a run may go on with any number of replicas.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -201,8 +202,8 @@ class Replicated:
     restarts: int
 
 
-def replica_specs(run: Run, threads: int) -> list[ReplicaSpec]:
-    """One spec per replica, with absolute paths."""
+def replica_specs(run: Run, threads: int, num_gpus: int = 0) -> list[ReplicaSpec]:
+    """One spec per replica, with absolute paths; they share `num_gpus` GPUs, where there are any."""
     config, count = run.config, run.config.cluster.replicas
     absolute = {name: getattr(config, name).absolute() for name in ("dataset", "run_dir")}
     if config.remote.stage_dir is not None:
@@ -217,6 +218,7 @@ def replica_specs(run: Run, threads: int) -> list[ReplicaSpec]:
             device=config.train.device,
             timeout_s=config.cluster.timeout_s,
             config=config,
+            per_gpu=math.ceil(count / max(1, num_gpus)),
         )
         for rank in range(count)
     ]
@@ -229,6 +231,8 @@ class Place(Protocol):
     def open_backend(self) -> OpenBackend: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def num_gpus(self) -> int: ...
 
     def hosts(self, backend: Any, count: int) -> list[str]:
         """The host of every replica, by name."""
@@ -279,7 +283,8 @@ def train_replicas(run: Run, place: Place, watch: Observation, *, resume: bool) 
     RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop;
     ValueError, before anything starts, where there are fewer items than replicas can share.
     """
-    specs, num_items = replica_specs(run, place.threads), count_items(run.graph, "train", run.config.sampler.batch_size)
+    specs = replica_specs(run, place.threads, place.num_gpus)
+    num_items = count_items(run.graph, "train", run.config.sampler.batch_size)
     deal_items(run.config, "train", len(specs) - 1, len(specs), num_items)
     if not resume:  # here, and not by the loop: an attempt that never got so far must not leave them to the next one
         delete_checkpoints(run.path / "checkpoints")

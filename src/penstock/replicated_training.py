@@ -8,6 +8,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
+
 from penstock.cluster.directory import Directory, open_directory
 from penstock.cluster.feeder_pool import open_feeder_processes
 from penstock.engine.chunked.processes import open_processes
@@ -28,6 +30,7 @@ class _Here:
         cluster = run.config.cluster
         self._run = run
         self.threads = run.config.train.threads or max(1, num_threads() // cluster.replicas)
+        self.num_gpus = torch.cuda.device_count()
         self.open_backend = partial(open_processes, open_rank=OPEN_REPLICA)
 
     def hosts(self, backend: Any, count: int) -> list[str]:

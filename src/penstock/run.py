@@ -126,7 +126,8 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
         return Budgets(**value["budgets"]), DiskRates(**value["disk_rates"])
     given, device = config.budgets, torch.device(config.train.device)
     device_bytes = given.device_memory
-    if device_bytes is None and device.type == "cuda":
+    # who drives ranks on other machines may have no GPU itself
+    if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = torch.cuda.mem_get_info(device)[0] // 2  # the other half is the model's
     budgets = default_budgets(
         config.run_dir, device_bytes=device_bytes, host_bytes=given.host_memory, disk_bytes=given.disk

@@ -17,7 +17,7 @@ from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
-from penstock.engine.trainer import Stopped, Trainer, TrainResult
+from penstock.engine.trainer import Stopped, Trainer, TrainResult, check_device
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.observation import Observation, observed
 from penstock.prepare import Prepared, prepare
@@ -133,6 +133,7 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
         sections = (train_chunked if chunked else train_replicated)(run, resume, watch)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
+    check_device(run.config.train)
     shutil.rmtree(run.config.work_dir, ignore_errors=True)  # packs of this run with replicas would fill the disk
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))

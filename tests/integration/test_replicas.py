@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from penstock.config import RunConfig, load_config
 from penstock.engine.chunked.layout import Layout
@@ -230,3 +231,11 @@ def test_what_a_run_lacks_is_told(graph: Path, tmp_path: Path) -> None:
         train(few)
     assert json.loads((tmp_path / "few" / "result.json").read_text())["status"] == "failed"
     assert not (tmp_path / "few" / "local").exists(), "nothing was started"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_gpu_that_is_not_there_is_told(graph: Path, tmp_path: Path, replicas: int) -> None:
+    config = configure(graph, tmp_path / "run", **{"cluster.replicas": replicas, "train.device": "cuda"})
+    with pytest.raises(ValueError, match="device=cuda, but this machine has no CUDA device; set device to cpu"):
+        train(config)
