@@ -101,6 +101,7 @@ class Jobs:
     ) -> bool:
         """Submit a job that works in a copy of `folder`; False where another process was first with this id.
 
+        ConnectionError where the cluster takes none, as in its first seconds.
         No environment variable of this process goes with it, so no secret does.
         """
         environment = {"working_dir": str(folder), "env_vars": {"PYTHONSAFEPATH": "1"}}
@@ -114,6 +115,11 @@ class Jobs:
                 entrypoint_num_gpus=num_gpus,
             )
         except RuntimeError as error:
+            if "No available agent" in str(error):
+                raise ConnectionError(
+                    f"the cluster at {self.address} takes no job yet: no node's agent has reported to its dashboard; "
+                    "where that stays so, another cluster on the node has the port (--dashboard-agent-listen-port)"
+                ) from error
             if "already exists" not in str(error):
                 raise
             return False
