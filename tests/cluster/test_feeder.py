@@ -360,7 +360,7 @@ def test_an_index_that_no_window_can_have_is_refused(pool: FeederPool, tmp_path:
             {"max_inputs": 1 << 40},
             {"shared_bytes": -1},
         ):
-            wrong = replace(index, **changes)  # type: ignore[arg-type]
+            wrong = replace(index, **changes)
             with pytest.raises(FormatError, match="malformed"):
                 check_index(wrong, found.puller.job.meta, index.window, sum(index.bytes))
 
