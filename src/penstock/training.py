@@ -218,6 +218,8 @@ def train(
     with open_run(config, force=force, progress=progress, stop_requested=stop_requested) as run:
         if resume and (done := _finished(run, result_json)) is not None:
             return done
+        if not resume:  # else the old result would be taken for that of this training, should it be killed
+            (run.path / "result.json").unlink(missing_ok=True)
         with observed(config, progress) as watch:
             try:
                 return _job(run, resume, result_json, watch)

@@ -108,6 +108,18 @@ def test_without_a_valid_split_nothing_is_evaluated(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "test").exists()
 
 
+def test_a_run_that_began_anew_is_not_finished(graph: Path, tmp_path: Path) -> None:
+    config = configure(graph, tmp_path / "run", **{"train.epochs": 1, "evaluate.mode": "none"})
+    train(config)
+
+    def killed(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, resume=False, progress=killed)
+    assert train(config)["resumed_from"] == 0
+
+
 def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: Outcome) -> None:
     run, stop, replicas = tmp_path / "run", threading.Event(), {"cluster.replicas": 2}
 
