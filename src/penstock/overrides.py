@@ -65,6 +65,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"unknown key {dotted!r}; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")
+        elif isinstance(problem["input"], dict):  # keys that do not go together: the message has those that matter
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{dotted}: {message}" if dotted else message)
         else:
-            lines.append(f"{dotted or 'configuration'}={problem['input']!r}: {problem['msg']}")
+            lines.append(f"{dotted}={problem['input']!r}: {problem['msg']}")
     return redact_text("; ".join(lines))
