@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -41,7 +44,7 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
     if ray.is_initialized():
         yield
         return
-    here = Path.cwd()
+    here, handlers = Path.cwd(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     folder.mkdir(parents=True, exist_ok=True)
     # Ray puts the driver's folder on the path of every worker: ours has folders called `kernels` and `storage`
     os.chdir(folder)
@@ -57,10 +60,19 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
         ) from error
     finally:
         os.chdir(here)
+    _handle_again(handlers)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _handle_again(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Install a program's own handlers again: Ray puts one in their place that ends the process, unsaved."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def alive_nodes() -> list[Node]:
