@@ -2,8 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from penstock.storage.rows import RowFormat
 from penstock.storage.transfer import Address, Refused, connect
 
 logger = logging.getLogger(__name__)
+
+Refresh = Callable[[], Sequence[Address]]
+_AGAIN_S = 0.5
 
 
 class PulledRows:
@@ -83,8 +87,12 @@ def kept_bytes(job: WindowJob) -> bytes:
     return job.kept.astype("<i8").tobytes()
 
 
+class NoFeeder(RuntimeError):
+    """None could be asked for windows, for now."""
+
+
 def describe_job(addresses: Sequence[Address], token: bytes, request: dict[str, Any], *, pace: Pace) -> WindowJob:
-    """Let the first feeder that can set a job up; raises what is wrong with the request, RuntimeError where none can.
+    """Let the first feeder that can set a job up; raises what is wrong with the request, NoFeeder where none can.
 
     A feeder that cannot be reached may be about to be replaced, but that is the caller's to know.
     """
@@ -105,7 +113,23 @@ def describe_job(addresses: Sequence[Address], token: bytes, request: dict[str, 
         except (OSError, FormatError) as error:
             causes.append(f"{address[0]}:{address[1]} ({error})")
     found = "; ".join(causes) or "there is none"
-    raise RuntimeError(f"no feeder can set windows up: {found}; look at their nodes, then resume the run")
+    raise NoFeeder(f"no feeder can set windows up: {found}; look at their nodes, then resume the run")
+
+
+def _describe_in_time(
+    addresses: Sequence[Address], token: bytes, request: dict[str, Any], pace: Pace, refresh: Refresh | None
+) -> tuple[WindowJob, Sequence[Address]]:
+    """Let a feeder set a job up; while none can, ask those that `refresh` gives. The job, and whom to pull from."""
+    ends = time.monotonic() + pace.timeout_s
+    while True:
+        try:
+            return describe_job(addresses, token, request, pace=pace), addresses
+        except NoFeeder:
+            if refresh is None or time.monotonic() > ends:
+                raise
+        time.sleep(_AGAIN_S)
+        with suppress(OSError, Refused):  # a driver that is gone ends this process soon
+            addresses = refresh()
 
 
 @contextmanager
@@ -124,11 +148,13 @@ def open_puller(
     deal: Deal | None = None,
     shares: int = 1,
     pace: Pace | None = None,
+    refresh: Refresh | None = None,
 ) -> Iterator[Puller]:
     """Pull the windows of steps start_step <= s < stop_step into the folder `packs`, which is deleted at the end.
 
     `budgets` are this replica's, its disk for windows here. `shares` is how many pullers use the same feeders at a
-    time: each may fill that part of their disks. Raises DoesNotFit, DataError or ValueError where it cannot be done so.
+    time: each may fill that part of their disks. `refresh` says which feeders there are, should none of `addresses` be
+    there any more. Raises DoesNotFit, DataError or ValueError where it cannot be done so.
     """
     pace = pace or Pace()
     request = {
@@ -142,7 +168,7 @@ def open_puller(
         "deal": None if deal is None else asdict(deal),
         "shares": shares,
     }
-    job = describe_job(addresses, token, request, pace=pace)
+    job, addresses = _describe_in_time(addresses, token, request, pace, refresh)
     clear_windows(packs)
     try:
         write_packset(packs, job.meta)
@@ -187,6 +213,7 @@ def open_pulled_feed(
     pace: Pace | None = None,
     graph: GraphStore | None = None,
     auto_release: bool = True,
+    refresh: Refresh | None = None,
 ) -> Iterator[PulledFeed]:
     """Feed steps start_step <= s < stop_step of a replica from feeders; see `open_puller` and `open_pack_feed`.
 
@@ -207,6 +234,7 @@ def open_pulled_feed(
             deal=deal,
             shares=shares,
             pace=pace,
+            refresh=refresh,
         ) as puller,
         open_pack_feed(
             packs,

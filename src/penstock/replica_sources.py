@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,9 +231,10 @@ class FedItems:
         is_training = split == "train"
         plan = config.plan if is_training else config.plan.model_copy(update={"policy": "none"})
         device_bytes = self._budgets.device_bytes if is_training else 0
+        find = partial(ask, fed.directory, fed.token)
         with (
             open_pulled_feed(
-                ask(fed.directory, fed.token),
+                find(),
                 fed.token,
                 sample=sample_config(config, split),
                 plan=plan.model_copy(update={"mode": "rolling"}),
@@ -247,6 +249,7 @@ class FedItems:
                 device=config.train.device,
                 threads=config.train.threads,
                 pace=Pace(timeout_s=config.cluster.timeout_s * _WINDOW_PATIENCE),
+                refresh=find,  # the only feeder may have died, and its successor is on its way
             ) as pulled,
             followed(fed.directory, fed.token, pulled.puller),
         ):

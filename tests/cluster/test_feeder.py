@@ -402,6 +402,16 @@ def test_the_wrong_token_gets_nothing(pool: FeederPool, tmp_path: Path) -> None:
             pass
 
 
+def test_a_feeder_that_is_yet_to_come_is_waited_for(pool: FeederPool, tmp_path: Path) -> None:
+    found = iter([[], [], pool.addresses])
+    with pulled([], pool.token, tmp_path / "packs", refresh=lambda: next(found)) as feed:
+        assert set(feed.puller.addresses) == set(pool.addresses)
+    assert not list(found)
+    with pytest.raises(RuntimeError, match="there is none"):
+        with pulled([], pool.token, tmp_path / "packs", pace=Pace(timeout_s=0.1), refresh=lambda: []):
+            pytest.fail("it opened")
+
+
 def test_what_is_wrong_with_the_request_reaches_the_caller(pool: FeederPool, tmp_path: Path) -> None:
     def pull(**changes: Any) -> None:
         options: dict[str, Any] = {"sample": SAMPLE, "plan": PlanConfig(), "budgets": BUDGETS}
