@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 import ray
 
 from penstock.cluster.config import ClusterConfig
+
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
         if address == "local" or (address is None and "RAY_ADDRESS" not in os.environ):
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
         else:
+            _require_head(os.environ.get("RAY_ADDRESS", "auto") if address in (None, "auto") else address)
             ray.init(address, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ValueError(
@@ -65,6 +69,16 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
         yield
     finally:
         ray.shutdown()
+
+
+def _require_head(address: str | None) -> None:
+    """Raise ConnectionError where nothing listens at `host:port`: Ray itself would try for a quarter of an hour."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        except OSError as error:  # also of names and of routes
+            raise ConnectionError(str(error)) from error
 
 
 def _handle_again(handlers: Mapping[signal.Signals, Any]) -> None:

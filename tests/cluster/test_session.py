@@ -1,9 +1,13 @@
+import signal
+import socket
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from penstock.cluster.config import ClusterConfig
-from penstock.cluster.session import Node, threads_per_replica
+from penstock.cluster.session import Node, open_session, threads_per_replica
 
 
 def node(cpus: float, **resources: float) -> Node:
@@ -28,3 +32,23 @@ def test_threads_are_those_of_nodes_that_replicas_may_use(
     nodes: list[Node], options: dict[str, Any], threads: int
 ) -> None:
     assert threads_per_replica(nodes, ClusterConfig(**({"replicas": 2} | options))) == threads
+
+
+def test_a_head_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(ValueError, match="no Ray cluster answers at '127.0.0.1:.*refused.*ray start --head"):
+            with open_session(f"127.0.0.1:{taken.getsockname()[1]}", tmp_path, num_cpus=1):
+                pytest.fail("it opened")
+
+
+@pytest.mark.ray
+def test_a_program_keeps_its_signal_handlers(tmp_path: Path) -> None:
+    asked, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        with open_session("local", tmp_path, num_cpus=1):
+            signal.raise_signal(signal.SIGTERM)
+            assert asked.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
