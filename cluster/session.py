@@ -5,8 +5,9 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ from typing import Any
 import ray
 
 from penstock.cluster.config import ClusterConfig
+from penstock.engine.supervision.policy import EXIT_STOPPED
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
+_HEAD_S = 15.0  # a head that was restarted in place, with its state in Redis, is back by then
+_HEAD_GAP_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +71,11 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
     finally:
         os.chdir(here)
     _handle_again(handlers)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _head_watched():
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _require_head(address: str | None) -> None:
@@ -79,6 +86,36 @@ def _require_head(address: str | None) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
         except OSError as error:  # also of names and of routes
             raise ConnectionError(str(error)) from error
+
+
+@contextmanager
+def _head_watched() -> Iterator[None]:
+    """End this process, to be run again, once the head has not answered for `_HEAD_S`.
+
+    Nothing gentler helps: calls to Ray block then, and after a minute Ray ends the process without saying what to do.
+    """
+    host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+    over = threading.Event()
+
+    def watch() -> None:
+        heard = time.monotonic()
+        while not over.wait(_HEAD_GAP_S):
+            with suppress(OSError):
+                socket.create_connection((host, int(port)), timeout=_HEAD_GAP_S).close()
+                heard = time.monotonic()
+            if time.monotonic() - heard > _HEAD_S:
+                place = f"{host}:{port}"
+                logger.error("Ray's head at %s is lost; run the same command again, with the new one's address", place)
+                logging.shutdown()
+                os._exit(EXIT_STOPPED)
+
+    thread = threading.Thread(target=watch, name="penstock-head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _handle_again(handlers: Mapping[signal.Signals, Any]) -> None:
