@@ -335,7 +335,8 @@ def test_a_frozen_replica_is_named_with_stacks(launch: Callable[..., Job], strai
     assert job.wait(lambda: re.search(named, job.text()) is not None) is None, job.text()
     assert time.monotonic() - began < 10 + 15
     stacks = next(job.run.parent.rglob("stacks.txt")).read_text()
-    assert stacks.count("== replica ") == 2 and "stopped by a signal (SIGSTOP)" in stacks
+    # of those that had not answered: the other replica may have been through with its items
+    assert f"process {frozen.pid} on node" in stacks and "stopped by a signal (SIGSTOP)" in stacks
     assert job.wait() == 0, job.text()
     tell("frozen", job, 0.0)
     assert result_of(job)["restarts"] == 1
