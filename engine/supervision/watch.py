@@ -133,7 +133,9 @@ class Watch:
                         self._errors[cause.member] = self._silence(cause.member)
 
     def _dump(self, ranks: Sequence[int]) -> None:
-        self._stacks = found = self._collect(ranks)
+        """Look where all ranks are; only `ranks`, which have not answered, may be at fault."""
+        self._stacks = self._collect(range(len(self._specs)))
+        found = {rank: text for rank, text in self._stacks.items() if rank in ranks}
         frozen = frozenset(rank for rank, text in found.items() if is_frozen(text))
         waiting = frozenset(rank for rank, text in found.items() if waits_for_others(text))
         self._see([Dumped(at_s=time.monotonic(), frozen=frozen, waiting=waiting)])
