@@ -1,11 +1,13 @@
 """Fixtures that several folders share."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import xxhash
 from hypothesis import settings
@@ -34,6 +36,24 @@ from penstock.storage.trace import Trace, window_name
 # the first call of a kernel compiles it, which no deadline survives
 settings.register_profile("penstock", deadline=None)
 settings.load_profile("penstock")
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was() -> Iterator[None]:
+    """Commands that run in this process configure our logger; the next test finds it untouched."""
+    logger = logging.getLogger("penstock")
+    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture(scope="session")
+def children() -> Callable[[], list[psutil.Process]]:
+    """A function that gives our child processes, but for Python's own helper of multiprocessing, which stays."""
+    return lambda: [
+        child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The bench of the pipeline at a size where nothing is fast: records are complete, bytes are right, sides are equal."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_unequal_sides_are_an_error(setting: Setting) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("PENSTOCK_SLOW" not in os.environ, reason="set PENSTOCK_SLOW: half a minute of starting processes")
 def test_in_processes_from_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_bench("pipeline", scale=0.002, repeats=1, directory=tmp_path, as_json=False)
     lines = capsys.readouterr().out.splitlines()

@@ -344,6 +344,7 @@ def test_a_killed(victim: str, number: int, launch: Callable[..., Job], straight
     ends_as(job, straight)
 
 
+@only_when_asked  # tests/cluster/test_pipeline.py does it with ranks
 def test_a_frozen_replica_is_named_with_stacks(launch: Callable[..., Job], straight: Straight) -> None:
     job = launch(**{"cluster.timeout_s": "10"})
     assert job.wait(lambda: job.step() > 100) is None, job.text()

@@ -190,7 +190,7 @@ def test_kills_and_other_stages_leave_the_same_weights(graph: Path, tmp_path: Pa
 
 def test_sigterm_writes_a_checkpoint_and_another_number_of_parts_goes_on(graph: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["train", graph, "--run-dir", run, *SHAPE, "--model", "sage", "--epochs", "200"]
+    words = ["train", graph, "--run-dir", run, *SHAPE, "--model", "sage", "--epochs", "40"]
     with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").stat().st_size:

@@ -169,7 +169,7 @@ def test_sigterm_checkpoints_and_asks_to_be_run_again(graph: Path, tmp_path: Pat
         "--host-memory",
         "24MiB",
         "--epochs",
-        "60",
+        "30",
     ]
     command = [sys.executable, "-m", "penstock", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -26,6 +26,8 @@ from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.training import train
 
+Children = Callable[[], list[psutil.Process]]
+
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,7 +83,9 @@ def alone(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome(train(configure(graph, run)), run)
 
 
-def test_replicas_end_with_the_weights_of_one(make_graph: Callable[..., GraphStore], tmp_path: Path) -> None:
+def test_replicas_end_with_the_weights_of_one(
+    make_graph: Callable[..., GraphStore], tmp_path: Path, children: Children
+) -> None:
     """Of a weighted graph with several labels per node, hop by hop, in rolling windows: all that no other test has."""
     rng = np.random.default_rng(3)
     edges = np.unique(rng.integers(0, 300, (2500, 2)), axis=0)
@@ -97,7 +101,7 @@ def test_replicas_end_with_the_weights_of_one(make_graph: Callable[..., GraphSto
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
     assert [rank["items"] for rank in result["ranks"]] == [3 * 9, 3 * 8]
     assert all(rank["bytes_sent"] > 0 for rank in result["ranks"])
-    assert not list(psutil.Process().children())
+    assert not children()
 
 
 def test_without_a_valid_split_nothing_is_evaluated(tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_a_run_that_began_anew_is_not_finished(graph: Path, tmp_path: Path) -> N
     assert train(config)["resumed_from"] == 0
 
 
-def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: Outcome) -> None:
+def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: Outcome, children: Children) -> None:
     run, stop, replicas = tmp_path / "run", threading.Event(), {"cluster.replicas": 2}
 
     def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
@@ -132,7 +136,7 @@ def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: O
         train(configure(graph, run, **config), progress=show, stop_requested=stop)
     with pytest.raises(Stopped, match="while replicas prepare"):
         train(configure(graph, run, **config, **replicas), stop_requested=stop)
-    assert not list(psutil.Process().children())
+    assert not children()
     assert json.loads((run / "result.json").read_text())["status"] == "stopped"
     found = outcome(train(configure(graph, run, **config, **replicas)), run)
     assert (found.weights, found.metrics) == (alone.weights, alone.metrics)
@@ -169,7 +173,7 @@ def wait_for(found: Callable[[], Any]) -> Any:
     raise AssertionError("it did not come within 60 s")
 
 
-def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcome) -> None:
+def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcome, children: Children) -> None:
     """One while it packs, before the checkpoints of the run to start over are of no use, and one while it trains."""
     run, stop, seen, killed = tmp_path / "run", threading.Event(), list[int](), list[int]()
 
@@ -181,7 +185,7 @@ def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcom
         train(configure(graph, run), progress=stop_late, stop_requested=stop)
 
     def kill() -> None:
-        victim = psutil.Process().children()[-1]
+        victim = children()[-1]
         victim.kill()
         killed.append(victim.pid)
 
@@ -203,7 +207,7 @@ def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcom
     assert len(killed) == result["restarts"] == 2
     assert seen[0] == 4 and result["resumed_from"] > 0
     assert outcome(result, run) == alone
-    assert not list(psutil.Process().children())
+    assert not children()
 
 
 def test_a_killed_driver_leaves_no_replica_and_is_resumed(graph: Path, tmp_path: Path, alone: Outcome) -> None:

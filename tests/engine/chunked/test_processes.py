@@ -32,6 +32,7 @@ from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.history import StaleRead
 
 SMALL = "small_ranks:open_small"
+Children = Callable[[], list[psutil.Process]]
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -99,11 +100,11 @@ def test_the_error_of_one_rank_is_raised_as_it_is(small_ranks: Any, tmp_path: Pa
     assert are_gone(backend.pids)
 
 
-def test_a_rank_that_does_not_open_is_raised_as_it_is(small_ranks: Any, tmp_path: Path) -> None:
+def test_a_rank_that_does_not_open_is_raised_as_it_is(small_ranks: Any, tmp_path: Path, children: Children) -> None:
     with pytest.raises(DataError, match="is not a graph; ingest one"):
         with open_processes(small_ranks.small_specs(tmp_path), open_rank="small_ranks:open_badly"):
             pytest.fail("it opened")
-    assert are_gone([child.pid for child in psutil.Process().children()])
+    assert not children()
 
 
 def test_a_killed_rank_is_named_with_its_action(small_ranks: Any, tmp_path: Path) -> None:
@@ -150,14 +151,14 @@ def test_a_rank_that_hangs_alone_is_named_with_its_stack(
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_to_open_is_named(
-    small_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: Children
 ) -> None:
     """Rank 1 waits for what rank 0 never sends; both have met."""
     monkeypatch.setattr(processes, "START_S", 0.0)
     with pytest.raises(RankFailed, match=r"(?s)rank 0 \(.*did not move .*during start, after 2 of 3 .*sleep_for_ever"):
         with open_processes(small_ranks.small_specs(tmp_path, timeout_s=10.0), open_rank="small_ranks:open_never"):
             pytest.fail("it opened")
-    assert are_gone([child.pid for child in psutil.Process().children()])
+    assert not children()
 
 
 def test_a_stopped_child_that_is_sent_much_does_not_stop_its_parent(small_ranks: Any, tmp_path: Path) -> None:
