@@ -7,6 +7,7 @@ the data starts on a page, so that O_DIRECT reads of it land on pages. Byte layo
 
 import mmap
 import os
+import re
 import struct
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from penstock.storage.directio import PAGE
 from penstock.storage.errors import FormatError, full_disk_is_clear
 from penstock.storage.manifest import FileEntry
 
+_HEADER = re.compile(rb"\{'descr': '([<|]\w\d+)', 'fortran_order': False, 'shape': \(((?:\d+,? ?)*)\), ?\}\s*")
+
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """Make the 4096-byte header of a little-endian C-order array."""
@@ -29,13 +32,31 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("latin1")
 
 
+def _read_header(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Dtype, shape and offset of the data.
+
+    NumPy reads the header with `ast.literal_eval`, whose recursion counter all threads of CPython 3.11 share: two
+    threads that map files at once can end with "AST constructor recursion depth mismatch".
+    """
+    with open(path, "rb") as file:
+        head = file.read(10)
+        if head[:8] != b"\x93NUMPY\x01\x00" or len(head) < 10:
+            raise ValueError("it has no header of .npy version 1.0")
+        (length,) = struct.unpack("<H", head[8:])
+        found = _HEADER.fullmatch(file.read(length))
+    if found is None:
+        raise ValueError("its header is not one of a little-endian array in C order")
+    shape = tuple(int(size) for size in found[2].split(b",") if size.strip())
+    return np.dtype(found[1].decode()), shape, 10 + length
+
+
 def open_npy(path: Path) -> NDArray[Any]:
     """Map an array read-only. FormatError where the file is missing, damaged or shorter than its header says."""
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        dtype, shape, offset = _read_header(path)
+        return np.memmap(path, dtype, "r", offset, shape)
+    except (OSError, ValueError, TypeError) as error:
         raise FormatError(f"{path} cannot be mapped as .npy ({error}); rebuild its folder") from error
-    return array
 
 
 class NpyWriter:

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def test_damaged_arrays_are_refused(tmp_path: Path, damage: str) -> None:
         path.unlink() if damage == "missing" else path.write_bytes(changed[damage])
     with pytest.raises(FormatError, match="cannot be mapped as .npy"):
         open_npy(path)
+
+
+def test_mapping_a_file_parses_no_python(tmp_path: Path) -> None:
+    """CPython 3.11 counts the depth of its parser for all threads together, so two that parse at once may fail."""
+    write_npy(tmp_path / "a.npy", np.arange(12).reshape(3, 4))
+    compiled: list[Any] = []
+    listens = True
+
+    def hook(event: str, arguments: Any) -> None:  # a hook stays for the life of the process
+        if listens and event == "compile":
+            compiled.append(arguments)
+
+    sys.addaudithook(hook)
+    try:
+        assert np.load(tmp_path / "a.npy").shape == (3, 4) and len(compiled) == 1
+        assert open_npy(tmp_path / "a.npy").shape == (3, 4) and len(compiled) == 1
+    finally:
+        listens = False
 
 
 def test_a_full_disk_is_clear(small_disk: Path) -> None:
