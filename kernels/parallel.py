@@ -9,7 +9,7 @@ on how its range is cut.
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -31,27 +31,36 @@ def split(total: int, parts: int) -> list[tuple[int, int]]:
 
 
 def run_ranges(kernel: Callable[[int, int], object], ranges: list[tuple[int, int]], threads: int) -> None:
-    """Call `kernel(lo, hi)` for every range, on this thread and `threads - 1` others; the first error is raised.
+    """Call `kernel(lo, hi)` for every range, on this thread and up to `threads - 1` others.
 
-    Each thread takes the next range when it is done with one, so one that shares its core delays the rest little.
+    Each thread takes the next range when it is done with one, so one that shares its core delays the rest little. After
+    an error no range begins any more, and it is raised when those under way have ended: nobody writes into the caller's
+    arrays behind its back.
     """
     workers = min(threads, len(ranges))
     left = deque(ranges)
 
     def work() -> None:
-        while left:
-            try:
-                bounds = left.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            kernel(*bounds)
+        try:
+            while left:
+                try:
+                    bounds = left.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                kernel(*bounds)
+        except BaseException:
+            left.clear()
+            raise
 
     futures = [_pool(workers).submit(work) for _ in range(workers - 1)]
     try:
         work()
     finally:
-        for future in futures:
-            future.result()
+        # Helpers that have not begun are not waited for: their threads may be busy with somebody else's long work.
+        begun = [future for future in futures if not future.cancel()]
+        wait(begun)
+    for future in begun:
+        future.result()
 
 
 def parallel_for(kernel: Callable[[int, int], object], total: int, threads: int) -> None:
