@@ -6,13 +6,17 @@ from penstock.kernels.reference_rng import draw, fold, unit
 
 
 def count_weighted(indptr, weights, nodes, lo, hi, fanout, replace, starts, degrees, offsets):  # type: ignore[no-untyped-def]
-    """Note starts, degrees and counts of positive edges."""
+    """Note starts, degrees and counts of positive edges; return the first position of a wrong weight, else -1."""
     for i in range(lo, hi):
         start, end = int(indptr[nodes[i]]), int(indptr[nodes[i] + 1])
         starts[i], degrees[i] = start, end - start
+        wrong = np.flatnonzero(~(np.isfinite(weights[start:end]) & (weights[start:end] >= 0)))
+        if len(wrong):
+            return start + int(wrong[0])
         positive = int((weights[start:end] > 0).sum())
         wanted = positive if fanout < 0 else fanout
         offsets[i + 1] = wanted if replace and positive else min(wanted, positive)
+    return -1
 
 
 def pick_positive(weights, starts, degrees, offsets, lo, hi, positions):  # type: ignore[no-untyped-def]

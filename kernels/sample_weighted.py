@@ -1,6 +1,7 @@
 """Pick in-neighbours by edge weight, or by one random number per neighbour (LABOR).
 
-Legend and conventions as in `sample`; `weights` float32 [E] goes with `indices`, zero weights are never picked.
+Legend and conventions as in `sample`; `weights` float32 [E], finite and not negative (`count_weighted`
+looks), goes with `indices`; edges of weight zero are never picked, so a node that has no others gets no neighbours.
 
 Without replacement, by weight: the c smallest of -log(u)/w, one u per edge (Efraimidis and Spirakis, Information
 Processing Letters 97(5), 2006, in the exponential form). LABOR-0, sequential Poisson (Balin and Catalyurek, "Layer-
@@ -22,7 +23,10 @@ _AHEAD = 8  # destinations; their whole lists are read, the first line is what t
 
 @njit(cache=True, nogil=True)
 def count_weighted(indptr, weights, nodes, lo, hi, fanout, replace, starts, degrees, offsets):  # type: ignore[no-untyped-def]
-    """Do as `count_edges`, where edges of weight zero do not count."""
+    """Do as `count_edges`, where edges of weight zero do not count.
+
+    Returns the first position seen whose weight is negative, NaN or infinite, else -1: picks go wrong by such weights.
+    """
     for i in range(lo, hi):
         if i + _AHEAD < hi:
             prefetch(indptr, nodes[i + _AHEAD])
@@ -30,13 +34,20 @@ def count_weighted(indptr, weights, nodes, lo, hi, fanout, replace, starts, degr
         degree = indptr[nodes[i] + 1] - start
         starts[i] = start
         degrees[i] = degree
-        positive = 0
+        positive, good = 0, 0
         for position in range(start, start + degree):
-            positive += weights[position] > 0
+            weight = weights[position]
+            positive += weight > 0
+            good += (weight >= 0) & (weight < np.inf)  # no branch, so that the loop is vectorized
+        if good < degree:
+            for position in range(start, start + degree):
+                if not (weights[position] >= 0 and weights[position] < np.inf):
+                    return position
         if fanout < 0 or (positive < fanout and not replace) or positive == 0:
             offsets[i + 1] = positive
         else:
             offsets[i + 1] = fanout
+    return -1
 
 
 @njit(cache=True, nogil=True)

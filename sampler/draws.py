@@ -19,6 +19,7 @@ from penstock.kernels.sample_weighted import (
     pick_weighted,
     pick_weighted_replace,
 )
+from penstock.storage.errors import DataError
 from penstock.storage.graph import GraphStore
 from penstock.storage.trace import TraceMeta
 
@@ -93,11 +94,25 @@ class Topology:
         hop.offsets[0] = 0
         out = (hop.starts, hop.degrees, hop.offsets)
         if self.meta.weighted:
-            count_weighted(self.indptr, self.weights, nodes, 0, num_dst, fanout, self.meta.replace, *out)
+            found = count_weighted(self.indptr, self.weights, nodes, 0, num_dst, fanout, self.meta.replace, *out)
+            self._check_weight(int(found))
         else:
             count_edges(self.indptr, nodes, 0, num_dst, fanout, self.meta.replace, *out)
         np.cumsum(hop.offsets[: num_dst + 1], out=hop.offsets[: num_dst + 1])
         return hop
+
+    def _check_weight(self, position: int) -> None:
+        """DataError where a position is one: the weight there is negative or not finite."""
+        if position < 0:
+            return
+        assert self.weights is not None
+        node = int(np.searchsorted(self.indptr, position, side="right")) - 1
+        edge = f"{int(self.indices[position])} to node {node} (position {position} of edge_weights.npy)"
+        raise DataError(
+            f"the edge from node {edge} has weight {float(self.weights[position]):g}; weights are finite and, to draw "
+            "by them, not negative: ingest the graph again with such weights"
+            f"{', or set sampler.weighted=false' if self.meta.weighted else ''}"
+        )
 
     def pick(self, hop: Hop, scratch: Scratch) -> NDArray[np.int64]:
         """Second pass: positions in `indices` of all picks, ascending within a destination."""
@@ -127,5 +142,7 @@ class Topology:
         gather_flat(self.indices, positions, 0, num_edges, ids)
 
     def gather_weights(self, positions: NDArray[np.int64], num_edges: int, out: NDArray[np.float32]) -> None:
-        """Write the edge weights at `positions[:num_edges]` to `out`."""
+        """Write the edge weights at `positions[:num_edges]` to `out`; DataError where one is not finite."""
         gather_flat(self.weights, positions, 0, num_edges, out)
+        if not np.isfinite(out[:num_edges].sum(dtype=np.float64)):  # finite float32 cannot overflow a float64
+            self._check_weight(int(positions[np.flatnonzero(~np.isfinite(out[:num_edges]))[0]]))
