@@ -2,11 +2,13 @@
 
 import os
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from penstock.storage import cgroup
 from penstock.storage.errors import DoesNotFit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -35,28 +37,28 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.4g} TiB"
 
 
-def _cgroup_limit() -> int:
-    """The memory limit of this process's container, or a huge number where there is none."""
-    limits = [1 << 62]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits)
+def _address_space_left() -> int:
+    """Bytes that `ulimit -v` lets this process map on top of what it has."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    unlimited = limit == resource.RLIM_INFINITY
+    return cgroup.UNLIMITED if unlimited else max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def total_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its container's limit."""
-    return min(int(psutil.virtual_memory().total), _cgroup_limit())
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = cgroup.memory_limit() if limit == resource.RLIM_INFINITY else min(limit, cgroup.memory_limit())
+    return min(int(psutil.virtual_memory().total), allowed)
 
 
 def available_memory() -> int:
-    """Bytes of memory free now, within the container's limit."""
-    free = int(psutil.virtual_memory().available)
-    return min(free, max(0, _cgroup_limit() - int(psutil.Process().memory_info().rss)))
+    """Bytes of memory free now, within the limits of the container and of `ulimit -v`."""
+    return min(int(psutil.virtual_memory().available), cgroup.memory_left(), _address_space_left())
+
+
+def memory_room() -> int:
+    """How large this process may become: what is free, and what it has already."""
+    return available_memory() + int(psutil.Process().memory_info().rss)
 
 
 def free_disk(path: Path) -> int:
@@ -69,12 +71,8 @@ def free_disk(path: Path) -> int:
 
 def num_threads() -> int:
     """Cores this process may run on (affinity and container quota counted, not the machine's cores)."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    cores, quota = len(os.sched_getaffinity(0)), cgroup.cpu_limit()
+    return cores if quota is None else max(1, min(cores, round(quota)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
