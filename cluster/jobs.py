@@ -231,7 +231,7 @@ def open_jobs(address: str | None = None) -> Jobs:
 
 def _token_header() -> dict[str, str]:
     """The token in the home folder where RAY_AUTH_MODE is not set: `ray start` takes it then, Ray's client does not."""
-    path = Path.home() / ".ray" / "auth_token"
+    path = Path(os.path.expanduser("~")) / ".ray" / "auth_token"  # no error where there is no home
     if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or not path.is_file():
         return {}
     return {"Authorization": f"Bearer {path.read_text().strip()}"}

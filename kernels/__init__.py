@@ -6,3 +6,7 @@ Kernels validate nothing: their callers did, once. A kernel that can be split ta
 `lo, hi` of its outermost loop and holds no lock; `parallel.py` runs the ranges on threads.
 Letters in this folder: N nodes, E edges, M ids in a request, F features, H hidden, L layers, B seeds.
 """
+
+from penstock.kernels.cache import ensure_cache
+
+ensure_cache()  # before the first kernel is defined: a decorator asks for the place

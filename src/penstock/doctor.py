@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from penstock.display import print_table
+from penstock.kernels import cache
 from penstock.machine import package_version
 from penstock.sampler.estimate import measure_disk
 from penstock.storage.budget import (
@@ -19,6 +20,7 @@ from penstock.storage.budget import (
     total_memory,
 )
 from penstock.storage.directio import PAGE, DirectFile, aligned_buffer
+from penstock.storage.extras import install_command
 
 Finding = tuple[str, str, str]  # name, value, what to do (empty: nothing)
 
@@ -65,15 +67,20 @@ def _packages() -> Iterator[Finding]:
     yield "torch", f"{torch.__version__} ({cuda})", ""
     for name, extra in (("dgl", "dgl"), ("torch_geometric", "pyg"), ("ray", "ray")):
         found = package_version(name)
-        remedy = "" if found else f"optional: pip install 'penstock[{extra}]'"
+        remedy = "" if found else f"optional: {install_command(extra)}"
         if name == "dgl" and (found or "1") >= "2":
-            remedy = "dgl 2 does not import with this torch; pip install 'dgl>=1.1.3,<2'"
+            remedy = f"dgl 2 does not import with this torch; {install_command('dgl')}"
         yield name, found or "not installed", remedy
+
+
+def _kernels() -> Iterator[Finding]:
+    remedy = "set NUMBA_CACHE_DIR to a folder that lasts: there, kernels may be compiled anew after every restart"
+    yield "compiled kernels", str(cache.cache_folder()), remedy if cache.is_temporary() else ""
 
 
 def findings(folder: Path) -> list[Finding]:
     """Everything that is checked, in order."""
-    return [*_disk(folder), *_memory(), *_threads(), *_packages()]
+    return [*_disk(folder), *_memory(), *_threads(), *_kernels(), *_packages()]
 
 
 def run_doctor(folder: Path, *, as_json: bool) -> None:

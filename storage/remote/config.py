@@ -1,13 +1,12 @@
 """Where things lie that are not on local disk, and where their local copies go."""
 
+import os
 from pathlib import Path
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from penstock.storage.remote.uris import check_uri
-
-DEFAULT_STAGE_DIR = Path.home() / ".cache" / "penstock"
 
 
 class RemoteConfig(BaseModel):
@@ -33,8 +32,22 @@ def is_uri(location: object) -> bool:
     return isinstance(location, str) and "://" in location
 
 
+def default_stage_dir() -> Path:
+    """`~/.cache/penstock`; ValueError where this user has no home folder, or one that cannot be written to."""
+    home = Path(os.path.expanduser("~"))  # "~" itself where neither HOME nor the password file knows one
+    place = next(
+        path for path in (home / ".cache" / "penstock", home / ".cache", home) if path == home or path.exists()
+    )
+    if not (home.is_absolute() and place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(
+            f"local copies of remote data would go to {home / '.cache' / 'penstock'}, which cannot be written to; give "
+            "--stage-dir (remote.stage_dir), or set HOME"
+        )
+    return home / ".cache" / "penstock"
+
+
 def local_copy(uri: str, kind: str, stage_dir: Path | None) -> Path:
     """Where the local copy of a URI lies: the same for every process of a host."""
     name = uri.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1]  # credentials are refused, but elsewhere
     digest = xxhash.xxh3_64_hexdigest(uri.rstrip("/").encode())
-    return (stage_dir or DEFAULT_STAGE_DIR) / kind / f"{name}-{digest}"
+    return (stage_dir or default_stage_dir()) / kind / f"{name}-{digest}"

@@ -110,10 +110,19 @@ def test_what_is_no_uri_of_a_folder_is_refused(uri: str) -> None:
         open_remote(uri)
 
 
+def test_without_a_home_the_folder_of_copies_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(ValueError, match="/dev/null/.cache/penstock, which cannot be written to; give --stage-dir"):
+        local_copy("s3://bucket/graph", "datasets", None)
+    assert local_copy("s3://bucket/graph", "datasets", tmp_path).parent == tmp_path / "datasets"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_copy("s3://bucket/graph", "datasets", None).parent == tmp_path / ".cache" / "penstock" / "datasets"
+
+
 def test_a_missing_library_is_named_with_its_extra() -> None:
     if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed here")
-    with pytest.raises(MissingDependency, match=r"pip install 'penstock\[gcs\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'gcsfs>=2024.12'"):
         open_remote("gs://bucket/folder")
 
 
