@@ -8,7 +8,35 @@ graph stores; `load_config`, `train`, `infer` run the main job; `sample_trace`, 
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test compares the two lists
+    from penstock.config import RunConfig as RunConfig
+    from penstock.config import load_config as load_config
+    from penstock.engine.feed import open_pack_feed as open_pack_feed
+    from penstock.engine.memory_feed import open_memory_feed as open_memory_feed
+    from penstock.engine.minibatch import MiniBatch as MiniBatch
+    from penstock.engine.modelfile import load_model as load_model
+    from penstock.engine.models import ModelConfig as ModelConfig
+    from penstock.engine.trainer import TrainConfig as TrainConfig
+    from penstock.inference import infer as infer
+    from penstock.sampler.neighbors import SampleConfig as SampleConfig
+    from penstock.sampler.neighbors import sample_trace as sample_trace
+    from penstock.sampler.packer import write_packs as write_packs
+    from penstock.sampler.plan import PlanConfig as PlanConfig
+    from penstock.sampler.plan import plan_packs as plan_packs
+    from penstock.storage.generate import GenerateConfig as GenerateConfig
+    from penstock.storage.generate import generate_graph as generate_graph
+    from penstock.storage.graph import GraphStore as GraphStore
+    from penstock.storage.graph import open_graph as open_graph
+    from penstock.storage.ingest import IngestOptions as IngestOptions
+    from penstock.storage.ingest import ingest_dgl as ingest_dgl
+    from penstock.storage.ingest import ingest_npy as ingest_npy
+    from penstock.storage.ingest import ingest_ogb as ingest_ogb
+    from penstock.storage.ingest import ingest_parquet as ingest_parquet
+    from penstock.storage.ingest import ingest_pyg as ingest_pyg
+    from penstock.storage.trace import open_trace as open_trace
+    from penstock.training import train as train
 
 __version__ = "0.1.0"
 
@@ -42,11 +70,12 @@ _HOMES = {
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
+if not TYPE_CHECKING:  # a checker that sees it takes any name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'penstock' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'penstock' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
