@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from penstock.storage.errors import MissingDependency
+from penstock.storage.extras import install_command
 
 if TYPE_CHECKING:
     from penstock.engine.minibatch import Block, MiniBatch
 
 
 def require(module: str, extra: str) -> Any:
-    """Import an optional library; MissingDependency names the extra that brings it."""
+    """Import an optional library; MissingDependency names the command that brings it."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise MissingDependency(f"this needs {module} ({error}); pip install 'penstock[{extra}]'") from error
+        raise MissingDependency(f"this needs {module} ({error}); {install_command(extra)}") from error
 
 
 def to_dgl(batch: "MiniBatch") -> tuple[Tensor, Tensor, list[Any]]:

@@ -28,7 +28,7 @@ class DoesNotFit(ValueError):
 
 
 class MissingDependency(ImportError):
-    """An optional library is not installed. The message names the extra that brings it."""
+    """An optional library is not installed. The message names the command that brings it."""
 
 
 @contextmanager

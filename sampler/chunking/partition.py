@@ -11,6 +11,7 @@ from penstock.sampler.chunking.metis import can_import_dgl, metis_bytes, run_met
 from penstock.sampler.chunking.streaming import random_bins, settle_bins, stream_bins
 from penstock.sampler.chunking.windows import WINDOWS, choose_window, least_window
 from penstock.storage.errors import DoesNotFit, MissingDependency
+from penstock.storage.extras import install_command
 from penstock.storage.graph import GraphStore
 from penstock.storage.progress import Progress, silent
 
@@ -28,7 +29,7 @@ def choose_method(graph: GraphStore, config: PartitionConfig, host_memory: int) 
     if here and needed <= host_memory:
         return "metis"
     if not here:
-        problem = "METIS needs DGL, which is not installed: pip install 'penstock[dgl]'"
+        problem = f"METIS needs DGL, which is not installed: {install_command('dgl')}"
     else:
         problem = (
             f"METIS needs about {needed} bytes of host memory for {graph.num_edges} edges, --host-memory gives "

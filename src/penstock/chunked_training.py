@@ -10,6 +10,7 @@ from torch import nn
 
 from penstock.chunked_prepare import PreparedRanks, prepare_ranks
 from penstock.config import RunConfig
+from penstock.engine.adapters import require
 from penstock.engine.chunked.backend import OpenBackend
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.spec import RankReport
@@ -35,6 +36,7 @@ def find_backend(config: RunConfig) -> OpenBackend:
     name, cluster = config.chunked.backend, config.cluster
     if cluster.address is None and name != "ray":
         return open_threads if name == "threads" else open_processes
+    require("ray", "ray")
     from penstock.cluster.pipeline import open_ray
 
     return partial(open_ray, address=cluster.address, resources=cluster.replica_resources)

@@ -22,6 +22,7 @@ from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.portable import portable_config, spans_ray
 from penstock.report import copy_result
 from penstock.storage.errors import MissingDependency
+from penstock.storage.extras import install_command
 from penstock.storage.manifest import write_json
 from penstock.storage.redaction import redact_text
 
@@ -54,7 +55,7 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: 
         from penstock.cluster.jobs import open_jobs  # no other verb needs Ray's client
     except ImportError as error:
         raise MissingDependency(
-            f"penstock submit needs Ray's job client ({error}); pip install 'penstock[ray]'"
+            f"penstock submit needs Ray's job client ({error}); {install_command('ray')}"
         ) from error
 
     def say(text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from penstock.cluster.directory import Directory, open_directory
 from penstock.cluster.feeder_pool import open_feeder_processes
+from penstock.engine.adapters import require
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.modelfile import save_model
 from penstock.engine.supervision.stragglers import RankTimes, find_straggler
@@ -63,6 +64,7 @@ def _open_place(run: Run) -> Iterator[Place]:
     if address is None:
         yield _Here(run)
         return
+    require("ray", "ray")
     from penstock.cluster.replicas import open_ray_place
 
     with open_ray_place(run.config, folder=run.path, open_rank=OPEN_REPLICA) as place:

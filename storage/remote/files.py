@@ -17,6 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from penstock.storage.errors import DataError, DoesNotFit, MissingDependency, full_disk_is_clear
+from penstock.storage.extras import install_command
 from penstock.storage.manifest import fsync_folder
 from penstock.storage.redaction import redact_text
 from penstock.storage.remote.uris import check_uri
@@ -262,8 +263,8 @@ def _replace_local(path: Path, write: Callable[[Any], object]) -> None:
 def open_remote(uri: str, *, tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> RemoteFolder:
     """Open the folder at a URI; nothing is read yet.
 
-    ValueError where the URI holds credentials or its protocol is unknown; MissingDependency names the extra that
-    brings the protocol's library.
+    ValueError where the URI holds credentials or its protocol is unknown; MissingDependency names the command
+    that brings the protocol's library.
     """
     uri = check_uri(uri)
     protocol = uri.partition("://")[0]
@@ -272,7 +273,7 @@ def open_remote(uri: str, *, tries: int = TRIES, timeout_s: float = TIMEOUT_S) -
         files, root = fsspec.url_to_fs(uri, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'penstock[{extra}]'" if extra else f"install the library for {protocol}"
+        remedy = install_command(extra) if extra else f"install the library for {protocol}"
         raise MissingDependency(f"{uri} needs a library that is not installed ({error}); {remedy}") from error
     except ValueError as error:
         raise ValueError(

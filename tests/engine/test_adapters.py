@@ -111,7 +111,7 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     batch, _ = sampled(2)
     monkeypatch.setitem(sys.modules, "dgl", None)
     monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'penstock\[dgl\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'dgl>=1.1.3,<2'"):
         batch.to_dgl()
-    with pytest.raises(ImportError, match=r"pip install 'penstock\[pyg\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'torch_geometric>=2.5'"):
         batch.to_pyg()

@@ -92,7 +92,7 @@ def penstock(*arguments: str, before: str = "pass") -> "subprocess.CompletedProc
 def test_without_ray_the_extra_is_named() -> None:
     ended = penstock("submit", "g", "--run-dir", "r", before="sys.modules['ray'] = None")
     assert ended.returncode == 5
-    assert "penstock[ray]" in ended.stderr and "Traceback" not in ended.stderr
+    assert "pip install 'ray[default]>=2.40'" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_no_cluster_is_told_with_what_to_do() -> None:

@@ -108,7 +108,7 @@ def test_a_service_that_hangs_holds_nobody_up(
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(tracker_module._MODULES, "wandb", "no_such_library")
     with (
-        pytest.raises(MissingDependency, match=r"pip install 'penstock\[wandb\]'"),
+        pytest.raises(MissingDependency, match=r"pip install 'wandb>=0.17'"),
         open_trackers(("wandb",), tmp_path, {}),
     ):
         pass
@@ -155,7 +155,7 @@ def scalars(found: Sequence[Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install tensorboardX")
     with open_trackers(("tensorboard",), tmp_path, CONFIG) as trackers:
         write_all(trackers, tmp_path / "metrics.jsonl", RECORDS)
     again = [{"step": 20, "epoch": 2.0, "loss": 1.25, "lr": 0.1}, {"step": 40, "epoch": 4.0, "loss": 0.25, "lr": 0.1}]
@@ -170,7 +170,7 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
 
 
 def test_tensorboard_falls_back_within_a_process(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install tensorboardX")
     with open_trackers(("tensorboard",), tmp_path, {}) as trackers:
         write_all(trackers, tmp_path / "a.jsonl", [{"step": step, "loss": float(step)} for step in (1, 2, 3)])
         write_all(trackers, tmp_path / "b.jsonl", [{"step": step, "loss": step + 0.5} for step in (2, 3, 4)])
@@ -178,7 +178,7 @@ def test_tensorboard_falls_back_within_a_process(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_continuation_are_on_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'penstock[tensorboard]'")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install tensorboardX")
     graph, run = tmp_path / "graph", tmp_path / "run"
     generate_graph(graph, GenerateConfig(num_nodes=600, num_features=8, train=0.3, valid=0.1), host_memory=64 << 20)
     flags = {
@@ -213,7 +213,7 @@ def test_a_run_and_its_continuation_are_on_tensorboard(tmp_path: Path) -> None:
 
 
 def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'penstock[mlflow]'")
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow's own server is not in mlflow-skinny
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "trials")
@@ -248,7 +248,7 @@ def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_wandb_keeps_an_offline_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'penstock[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with open_trackers(("wandb",), tmp_path, CONFIG) as trackers:
         write_all(trackers, tmp_path / "metrics.jsonl", RECORDS)

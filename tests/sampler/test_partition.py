@@ -193,7 +193,7 @@ def test_auto_takes_metis_where_it_can(
     with caplog.at_level("INFO"):
         assert choose_method(tiny_graph, auto, GIB) == "ldg"
     assert "DGL, which is not installed" in caplog.text
-    with pytest.raises(MissingDependency, match=r"pip install 'penstock\[dgl\]', or use method ldg"):
+    with pytest.raises(MissingDependency, match=r"pip install 'dgl>=1.1.3,<2' 'packaging', or use method ldg"):
         choose_method(tiny_graph, metis, GIB)
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from penstock.engine.trainer import Stopped
 from penstock.storage.errors import MissingDependency
+from penstock.storage.extras import install_command
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.redaction import redact, redact_text
 from penstock.tracking.config import TrackerName
@@ -155,7 +156,7 @@ def _find_opener(name: TrackerName) -> OpenTracker:
     """What opens a tracker; its library is looked for here, and loaded by the tracker's thread."""
     if importlib.util.find_spec(_MODULES[name]) is None:
         raise MissingDependency(
-            f"track.trackers={name} needs {_MODULES[name]}, which is not installed; pip install 'penstock[{name}]'"
+            f"track.trackers={name} needs {_MODULES[name]}, which is not installed; {install_command(name)}"
         )
 
     def open_it(run_dir: Path, config: Mapping[str, Any]) -> Tracker:
