@@ -8,6 +8,8 @@ the last value (see `storage.rows`, whose encoding these kernels repeat bit for 
 import numpy as np
 from numba import njit
 
+from penstock.kernels.bfloat16 import round_bfloat16
+
 FLOAT32, FLOAT16, BFLOAT16, INT8 = 0, 1, 2, 3
 _HALF_MAX = np.float32(65520.0)  # from here on float16 rounds to infinity
 
@@ -116,9 +118,8 @@ def encode_row(values, code, row):  # type: ignore[no-untyped-def]
             row[2 * f], row[2 * f + 1] = half & 255, half >> 8
     elif code == BFLOAT16:
         for f in range(width):
-            wide = np.uint64(bits[f])
-            half = (wide + np.uint64(0x7FFF) + ((wide >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-            row[2 * f], row[2 * f + 1] = half & np.uint64(255), (half >> np.uint64(8)) & np.uint64(255)
+            rounded = round_bfloat16(bits[f])
+            row[2 * f], row[2 * f + 1] = rounded & np.uint32(255), rounded >> np.uint32(8)
     else:
         largest = np.float32(0.0)
         for f in range(width):

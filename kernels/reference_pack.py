@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.kernels.pack import BFLOAT16, FLOAT16, FLOAT32
+from penstock.kernels.reference_runs import encode_bfloat16
 
 
 def gather_words(
@@ -46,8 +47,7 @@ def encode_row(values: NDArray[np.float32], code: int, row: NDArray[np.uint8]) -
             return False
         row[:] = half.view(np.uint8)
     elif code == BFLOAT16:
-        bits = values.view(np.uint32).astype(np.uint64)
-        row[:] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(np.uint8)
+        encode_bfloat16(values.view(np.uint32), row.view("<u2"), 0, len(values))
     else:
         scale = np.abs(values).max(initial=0) / np.float32(127)
         row[:-4] = np.rint(values / (scale if scale > 0 else np.float32(1))).astype(np.int8).view(np.uint8)

@@ -6,21 +6,17 @@ A bfloat16 is the upper half of a float32. NumPy has no such type and needs thre
 import numpy as np
 from numba import njit
 
-_word = np.uint32  # every step is cast to it: Numba would go on in 64 bits, at half the speed
-_QUIET, _INFINITE = np.uint32(0x40), np.uint32(0x7F800000)
+from penstock.kernels.bfloat16 import round_bfloat16
+
+_word = np.uint32
 
 
 @njit(cache=True, nogil=True)
 def encode_bfloat16(bits, out, lo, hi):  # type: ignore[no-untyped-def]
-    """Round float32 `bits` uint32 [n] to nearest, ties to even, into `out` uint16 [n]; NaN stays NaN."""
+    """Round float32 `bits` uint32 [n] into `out` uint16 [n]; see `bfloat16`."""
     source, target = bits[lo:hi], out[lo:hi]  # slices: their indices cannot be negative, so the loop is vectorized
     for i in range(len(source)):
-        word = source[i]
-        upper, lower = _word(word >> _word(16)), _word(word & _word(0xFFFF))
-        odd = _word(upper & _word(1))
-        up = _word(_word(_word(lower + _word(0x7FFF)) + odd) >> _word(16))
-        is_nan = _word(word & _word(0x7FFFFFFF)) > _INFINITE
-        target[i] = _word(upper | _QUIET) if is_nan else _word(upper + up)
+        target[i] = round_bfloat16(source[i])
 
 
 @njit(cache=True, nogil=True)

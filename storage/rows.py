@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kernels.runs import encode_bfloat16
+
 RowDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ROW_DTYPES: tuple[RowDtype, ...] = get_args(RowDtype)
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -43,7 +45,7 @@ class RowFormat:
 def encode_rows(values: NDArray[np.float32], row_format: RowFormat) -> NDArray[Any]:
     """Turn float32 [n, width] into rows [n, array_width] of the format's dtype.
 
-    bfloat16 rounds to nearest even; int8 takes scale = max|row| / 127. ValueError where a value overflows float16.
+    bfloat16 rounds to nearest even and never to infinity; int8 takes scale = max|row| / 127. ValueError where a value overflows float16.
     """
     values = np.ascontiguousarray(values, dtype=np.float32)
     if row_format.dtype == "float32":
@@ -56,8 +58,9 @@ def encode_rows(values: NDArray[np.float32], row_format: RowFormat) -> NDArray[A
             raise ValueError(f"a feature of magnitude {worst:g} exceeds float16's 65504; use bfloat16 or float32")
         return half
     if row_format.dtype == "bfloat16":
-        bits = values.view(np.uint32).astype(np.uint64)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded = np.empty(values.shape, np.uint16)
+        encode_bfloat16(values.view(np.uint32).reshape(-1), rounded.reshape(-1), 0, values.size)
+        return rounded
     scale = np.abs(values).max(axis=1, initial=0.0, keepdims=True).astype(np.float32) / np.float32(127)
     safe = np.where(scale > 0, scale, np.float32(1))
     rows = np.empty((len(values), row_format.row_bytes), np.uint8)

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from penstock.kernels.pack import encode_row
+from penstock.storage.history.values import Values
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat, decode_rows, encode_rows
 
 tables = hnp.arrays(
@@ -37,6 +39,19 @@ def test_rows_come_back_as_precisely_as_their_dtype(dtype: RowDtype, values: NDA
 def test_float16_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match=r"magnitude 70000 exceeds float16's 65504; use bfloat16"):
         encode_rows(np.array([[1.0, -70000.0]], np.float32), RowFormat(dtype="float16", width=2))
+
+
+def test_no_encoder_makes_a_finite_number_infinite() -> None:
+    words = np.array([0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F800000, 0x7FC12345, 0x7F800001], np.uint32)
+    values = words.view(np.float32)[None]
+    row_format = RowFormat(dtype="bfloat16", width=values.shape[1])
+    ingested = encode_rows(values, row_format)
+    packed, moved = np.empty(2 * values.size, np.uint8), np.empty(values.size, np.uint16)
+    assert encode_row(values[0], ROW_DTYPES.index("bfloat16"), packed)
+    Values(dtype="bfloat16").encode(values, moved)
+    assert [f"{n:04x}" for n in ingested[0]] == ["7f7f", "ff7f", "7f7f", "7f7f", "7f80", "7fc1", "7fc0"]
+    np.testing.assert_array_equal(packed.view("<u2"), ingested[0])
+    np.testing.assert_array_equal(moved, ingested[0])
 
 
 def test_a_row_of_zeros_stays_zero_in_int8() -> None:
