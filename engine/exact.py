@@ -24,15 +24,18 @@ from penstock.engine.minibatch import Block
 from penstock.engine.models import check_layer_forward, layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
 from penstock.engine.topology import ChunkCosts, InEdges
+from penstock.storage.blocks import BlockSums, read_block_sums, sums_name
 from penstock.storage.budget import format_bytes, require_free_disk
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import GraphStore
-from penstock.storage.manifest import read_json, write_json
+from penstock.storage.manifest import FileEntry, read_json, verify_once, write_json
 from penstock.storage.npyfile import NpyWriter, open_npy
 from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import RowFormat, decode_rows
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = "run the same command again: it computes the table anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +53,24 @@ class LayerTable:
         """float32 rows."""
         return RowFormat(dtype="float32", width=self.width)
 
+    @property
+    def marker(self) -> Path:
+        """The file that says what the table is of, and its checksums; without it, it is not finished."""
+        return self.path.with_suffix(".json")
+
+    def entry(self) -> FileEntry:
+        """What a finished table's file is; FormatError where the marker is missing or damaged."""
+        found, shape = read_json(self.marker), (self.num_rows, self.width)
+        return FileEntry(name=self.path.name, bytes=found["bytes"], dtype="float32", shape=shape, xxh3=found["xxh3"])
+
+    def sums(self) -> BlockSums:
+        """Checksums of the blocks of a finished table."""
+        sums, num_bytes = self.path.with_name(sums_name(self.path.name)), 4 * self.num_rows * self.width
+        return read_block_sums(sums, read_json(self.marker)["sums"], self.path, num_bytes, _REMEDY)
+
     def open(self) -> NDArray[np.float32]:
-        """Map the table read-only, float32 [num_rows, width]."""
+        """Map the table read-only, float32 [num_rows, width], after verifying it."""
+        verify_once(self.path, self.entry(), _REMEDY)
         return open_npy(self.path)
 
     def below(self, layer: int) -> "LayerTable":
@@ -132,18 +151,29 @@ class _Pass:
         self.model, self.graph, self.out, self.threads = model, graph, out, threads
         self.edges = InEdges(graph, out.ids)
         self.path = source.path if source else graph.feature_path
+        self._source = source
         self.row_format = source.row_format if source else graph.row_format
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.costs = _costs(model, out.layer - 1, self.row_format, out.width, graph.num_nodes)
         self._rows = np.empty((0, self.row_format.row_bytes), np.uint8)
 
+    def sums(self) -> BlockSums | None:
+        """Checksums of the blocks of the table that is read."""
+        return self.graph.feature_sums if self._source is None else self._source.sums()
+
     def is_finished(self, key: dict[str, Any]) -> bool:
         """Whether an earlier call has written this very table."""
-        marker = self.out.path.with_suffix(".json")
-        if not (self.out.path.is_file() and marker.is_file()):
+        if not self.out.marker.is_file():
             return False
-        found = read_json(marker)
-        return bool(found["key"] == key and found["bytes"] == self.out.path.stat().st_size)
+        try:
+            if read_json(self.out.marker).get("key") != key:
+                return False
+            verify_once(self.out.path, self.out.entry(), "it is computed anew")
+            self.out.sums()
+        except (FormatError, KeyError) as error:
+            logger.warning("a table of an earlier pass is not used: %s", error)
+            return False
+        return True
 
     def split_budget(self, host_memory: int) -> tuple[bool, int]:
         """Whether the source table is held in memory, and the bytes left for a chunk; DoesNotFit where too few are."""
@@ -167,19 +197,20 @@ class _Pass:
         resident, chunk_bytes = self.split_budget(host_memory)
         if self.device.type == "cuda":
             chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(self.device)[0] // 2)
-        out, marker = self.out, self.out.path.with_suffix(".json")
+        out, marker = self.out, self.out.marker
         marker.unlink(missing_ok=True)  # before the table that it speaks of changes
         require_free_disk(out.path.parent, out.num_rows * out.width * 4, f"the table of layer {out.layer}")
         row_bytes, num_nodes = self.row_format.row_bytes, self.graph.num_nodes
         with (
-            RowTable(self.path, row_bytes, num_nodes, resident=resident, threads=self.threads) as table,
-            NpyWriter(out.path, "<f4", (out.num_rows, out.width)) as writer,
+            RowTable(self.path, row_bytes, num_nodes, self.sums(), resident=resident, threads=self.threads) as table,
+            NpyWriter(out.path, "<f4", (out.num_rows, out.width), blocks=True) as writer,
         ):
             for lo, hi in self.edges.chunks(self.costs, chunk_bytes):
                 writer.append(self._compute(table, lo, hi))
                 progress(f"exact layer {out.layer}", hi, out.num_rows, "rows")
-        assert writer.entry is not None
-        write_json(marker, {"key": key, "bytes": writer.entry.bytes, "xxh3": writer.entry.xxh3})
+        assert writer.entry is not None and writer.sums_entry is not None
+        checksums = {"bytes": writer.entry.bytes, "xxh3": writer.entry.xxh3, "sums": writer.sums_entry.xxh3}
+        write_json(marker, {"key": key, **checksums})
 
     def _compute(self, table: RowTable, lo: int, hi: int) -> NDArray[np.float32]:
         needs_degrees = bool(getattr(self.model, "needs_degrees", True))

@@ -40,6 +40,8 @@ class InEdges:
     """In-edges of destinations, read and not mapped, so that they count only while a chunk holds them."""
 
     def __init__(self, graph: GraphStore, ids: NDArray[Any] | None) -> None:
+        for name in ("indptr.npy", "indices.npy", *["edge_weights.npy"] * graph.meta.has_edge_weights):
+            graph.verify(name)
         self._graph, self._ids = graph, ids
         self.num_dst = graph.num_nodes if ids is None else len(ids)
 

@@ -47,7 +47,7 @@ def encode_row(values: NDArray[np.float32], code: int, row: NDArray[np.uint8]) -
             return False
         row[:] = half.view(np.uint8)
     elif code == BFLOAT16:
-        encode_bfloat16(values.view(np.uint32), row.view("<u2"), 0, len(values))
+        encode_bfloat16(values.view(np.uint32), row.view("<u2"), 0, len(values))  # type: ignore[no-untyped-call]
     else:
         scale = np.abs(values).max(initial=0) / np.float32(127)
         row[:-4] = np.rint(values / (scale if scale > 0 else np.float32(1))).astype(np.int8).view(np.uint8)

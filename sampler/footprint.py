@@ -11,7 +11,7 @@ _SHARE = 4  # part of the budget that tables may take, and that payloads of a wi
 
 def topology_bytes(graph: GraphStore) -> int:
     """Bytes that random access to the topology wants resident."""
-    edge_bytes = graph.indices.dtype.itemsize + (4 if graph.meta.has_edge_weights else 0)
+    edge_bytes = graph.id_dtype.itemsize + (4 if graph.meta.has_edge_weights else 0)
     return 8 * (graph.num_nodes + 1) + edge_bytes * graph.num_edges
 
 

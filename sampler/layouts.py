@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from penstock.sampler.estimate import DiskRates, Layout, sequential_s
-from penstock.sampler.recording import BLOCK_BYTES, PlanArrays, Recording
+from penstock.sampler.recording import PlanArrays, Recording
 from penstock.sampler.shared_segment import share_rows, shared_pack_bytes
+from penstock.storage.blocks import BLOCK_BYTES
 from penstock.storage.budget import format_bytes
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import DoesNotFit

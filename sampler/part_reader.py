@@ -1,6 +1,7 @@
 """Read the feature table part by part, past the page cache, the next part while the last is in use.
 
-Blocks that no missing row touches are not read.
+Blocks that no missing row touches are not read; those that are read are read whole and verified, so that one at the
+border of two parts is read twice.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.sampler.recording import BLOCK_BYTES, Table
-from penstock.storage.directio import PAGE, DirectFile, aligned_buffer, page_down, page_up
+from penstock.sampler.recording import Table
+from penstock.storage.blocks import BLOCK_BYTES, block_down, block_up
+from penstock.storage.directio import DirectFile, aligned_buffer, page_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +29,9 @@ class Part:
 
 
 def part_buffer_bytes(table: Table, part_rows: int) -> int:
-    """Bytes of one buffer for parts of this many rows, cut pages at both ends included."""
-    return page_up(min(part_rows, table.num_rows) * table.row_bytes) + 2 * PAGE
+    """Bytes of one buffer for parts of this many rows, cut blocks at both ends included."""
+    whole = block_up(min(part_rows, table.num_rows) * table.row_bytes) + BLOCK_BYTES
+    return page_up(min(whole, table.num_bytes))
 
 
 class PartReader:
@@ -64,17 +67,16 @@ class PartReader:
     def _read(self, number: int) -> Part:
         table, buffer = self.table, self.buffers[number % 2]
         lo, hi = (int(n) for n in self.starts()[number : number + 2])
-        first_byte, past_byte = lo * table.row_bytes, hi * table.row_bytes
-        start = page_down(table.offset + first_byte)
-        end = page_up(table.offset + past_byte)
-        blocks = np.flatnonzero(self._needed[first_byte // BLOCK_BYTES : -(-past_byte // BLOCK_BYTES)])
-        blocks += first_byte // BLOCK_BYTES
-        for run in _runs(blocks):
-            at = max(start, table.offset + int(run[0]) * BLOCK_BYTES)
-            past = min(end, table.offset + (int(run[-1]) + 1) * BLOCK_BYTES)
-            self._file.read_into(buffer[at - start : past - start], at, past - at)
-            self.read_bytes += past - at
-        return Part(number=number, lo=lo, hi=hi, data=buffer[table.offset + first_byte - start :])
+        first, past = lo * table.row_bytes // BLOCK_BYTES, block_up(hi * table.row_bytes) // BLOCK_BYTES
+        for run in _runs(first + np.flatnonzero(self._needed[first:past])):
+            start, stop = int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, table.num_bytes)
+            data = buffer[start - first * BLOCK_BYTES :]
+            self._file.read_into(data, table.offset + start, page_up(stop - start))
+            self.read_bytes += page_up(stop - start)
+            if table.sums is not None:
+                table.sums.verify(start, data[: stop - start])
+        at = lo * table.row_bytes
+        return Part(number=number, lo=lo, hi=hi, data=buffer[at - block_down(at) :])
 
 
 def _runs(blocks: NDArray[np.int64]) -> list[NDArray[Any]]:

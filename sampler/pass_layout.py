@@ -16,6 +16,7 @@ from penstock.sampler.part_reader import part_buffer_bytes
 from penstock.sampler.plan import Plan
 from penstock.sampler.shared_segment import windows_of
 from penstock.sampler.streams import NUM_STAGES, Region, stage_for
+from penstock.storage.blocks import BLOCK_BYTES, block_down
 from penstock.storage.budget import GIB, KIB, MIB, format_bytes
 from penstock.storage.directio import PAGE, page_down, page_up
 from penstock.storage.errors import DoesNotFit
@@ -71,8 +72,8 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
             f"({format_bytes(fixed + 2 * least)}), it got {format_bytes(host_memory)}"
         )
     room = (host_memory - fixed) // 2
-    wanted = min(room, GIB, max(_SMALLEST_PART, table.num_rows * table.row_bytes // 12)) - 2 * PAGE
-    part_rows = min(table.num_rows, max(1, (wanted - PAGE) // table.row_bytes))
+    wanted = min(room, GIB, max(_SMALLEST_PART, table.num_bytes // 12))
+    part_rows = min(table.num_rows, max(1, (block_down(wanted) - BLOCK_BYTES) // table.row_bytes))
     buffer_bytes = max(part_buffer_bytes(table, part_rows), least)
     bucket_rows = buffer_bytes // unit_bytes * (unit_bytes // row_bytes) if unit_bytes else 0
     return PassMemory(part_rows=int(part_rows), buffer_bytes=buffer_bytes, stage_bytes=stage, bucket_rows=bucket_rows)

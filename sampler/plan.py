@@ -74,6 +74,7 @@ def feature_table(graph: GraphStore) -> Table:
         offset=graph.feature_offset,
         num_rows=graph.num_nodes,
         row_bytes=graph.row_format.row_bytes,
+        sums=graph.feature_sums,
     )
 
 

@@ -14,10 +14,8 @@ from penstock.kernels.plan import mark_blocks
 from penstock.sampler.accesses import Accesses
 from penstock.sampler.movement import FutureUses, Tiers
 from penstock.sampler.scratch import ItemArrays
-from penstock.storage.budget import MIB
+from penstock.storage.blocks import BLOCK_BYTES, BlockSums
 from penstock.storage.pack import ExtentHead, layout_extent
-
-BLOCK_BYTES = 1 * MIB  # grain at which the packer skips parts of the feature table that nobody reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +75,23 @@ class Recording:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The feature table as stored: rows start at byte `offset` of `path`."""
+    """The feature table as stored: rows start at byte `offset` of `path`, in blocks with these checksums."""
 
     path: Path
     offset: int
     num_rows: int
     row_bytes: int
+    sums: BlockSums | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all rows."""
+        return self.num_rows * self.row_bytes
 
     @property
     def num_blocks(self) -> int:
         """Blocks of `BLOCK_BYTES` that cover all rows."""
-        return -(-self.num_rows * self.row_bytes // BLOCK_BYTES)
+        return -(-self.num_bytes // BLOCK_BYTES)
 
 
 def record(

@@ -25,7 +25,7 @@ from penstock.kernels.synthetic import (
 )
 from penstock.storage.budget import num_threads, require_free_disk
 from penstock.storage.errors import DoesNotFit
-from penstock.storage.graph import SPLITS, GraphMeta, GraphStore, id_dtype
+from penstock.storage.graph import FEATURES, SPLITS, GraphMeta, GraphStore, id_dtype
 from penstock.storage.manifest import FileEntry
 from penstock.storage.npyfile import NpyWriter, drop_pages, open_npy
 from penstock.storage.progress import Progress, silent
@@ -179,8 +179,10 @@ class _Generator:
             return encode_rows(buffer[: hi - lo], row_format)
 
         shape = (config.num_nodes, row_format.array_width)
-        writer = NpyWriter(self.build.out / "features.npy", row_format.array_dtype, shape)
-        return {}, (self._stream("features", writer, row_bytes, fill),)
+        writer = NpyWriter(self.build.out / FEATURES, row_format.array_dtype, shape, blocks=True)
+        entry = self._stream("features", writer, row_bytes, fill)
+        assert writer.sums_entry is not None
+        return {}, (entry, writer.sums_entry)
 
     def write_labels(self) -> tuple[dict[str, Any], tuple[FileEntry, ...]]:
         def fill(lo: int, hi: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@
 | `indptr.npy` | int64 [N+1] | CSC offsets: in-edges of node v are `indices[indptr[v]:indptr[v+1]]` |
 | `indices.npy` | int32 or int64 [E] | in-neighbours (edge sources), ascending within a node |
 | `features.npy` | row format, see `rows` [N, width] | node features |
+| `features.sums.npy` | uint64 [blocks], from version 2 on | checksums of the table's blocks, see `blocks` |
 | `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 where unknown |
 | `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
 | `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
@@ -12,9 +13,14 @@
 | `original_ids.parquet` | column `id`, strings, in row groups of 65536 rows, optional | the user's ids, if strings |
 
 Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
+
+Nothing is used unverified: a file is compared with its checksum when a process first maps it, and rows of the feature
+table are read in whole blocks, each compared with its own. Stores of version 1 have no checksums of blocks;
+`seal_graph` adds them, and the fingerprint stays.
 """
 
-from dataclasses import asdict, dataclass, fields
+import logging
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +30,20 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from penstock.storage.directio import PAGE
+from penstock.storage.blocks import BlockDigest, BlockSums, read_block_sums
+from penstock.storage.directio import IO_BYTES, PAGE
 from penstock.storage.errors import FormatError
-from penstock.storage.manifest import Manifest, read_manifest, validate_files
-from penstock.storage.npyfile import open_npy
+from penstock.storage.manifest import FileEntry, Manifest, read_manifest, validate_files, verify_once, write_manifest
+from penstock.storage.npyfile import open_npy, write_npy
+from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
 
 FORMAT = "penstock/graph"
-VERSIONS = (1,)
+VERSIONS = (1, 2)
+FEATURES, FEATURE_SUMS = "features.npy", "features.sums.npy"
+logger = logging.getLogger(__name__)
+_UNSEALED: set[Path] = set()  # stores that the log has named
+
 ORIGINAL_IDS_GROUP = 1 << 16  # strings per row group of original_ids.parquet
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -75,9 +87,14 @@ class GraphStore:
         return self.meta.num_edges
 
     @property
+    def id_dtype(self) -> np.dtype[Any]:
+        """The dtype of `indices`."""
+        return np.dtype(self.manifest.file("indices.npy").dtype)
+
+    @property
     def feature_path(self) -> Path:
         """The feature table; its rows start at byte `feature_offset`."""
-        return self.path / "features.npy"
+        return self.path / FEATURES
 
     @property
     def feature_offset(self) -> int:
@@ -91,38 +108,71 @@ class GraphStore:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the content: of the checksums in the manifest. Traces and packs record it."""
-        text = "".join(f"{entry.name}:{entry.xxh3};" for entry in sorted(self.manifest.files, key=lambda f: f.name))
+        """A digest of the content: of the checksums in the manifest. Traces and packs record it; sealing keeps it."""
+        entries = sorted(self.manifest.files, key=lambda f: f.name)
+        text = "".join(f"{entry.name}:{entry.xxh3};" for entry in entries if entry.name != FEATURE_SUMS)
         return str(xxhash.xxh3_64_hexdigest(text.encode()))
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged file."""
+        return f"copy the file anew or rebuild the store; `penstock inspect {self.path} --validate` looks at all files"
+
+    def verify(self, name: str) -> None:
+        """Compare a payload file with its checksum, once per process; FormatError where it differs."""
+        verify_once(self.path / name, self.manifest.file(name), self.remedy)
+
+    def _map(self, name: str) -> NDArray[Any]:
+        self.verify(name)
+        return open_npy(self.path / name)
+
+    @cached_property
+    def feature_sums(self) -> BlockSums | None:
+        """Checksums of the feature table's blocks; None, which the log says once, where the store has none."""
+        if self.manifest.version == 1:
+            if self.path not in _UNSEALED:
+                _UNSEALED.add(self.path)
+                logger.warning(
+                    "%s was written before checksums of blocks: its features are read unverified; "
+                    "`penstock inspect %s --seal` adds them, and runs stay as they are",
+                    *(self.path, self.path),
+                )
+            return None
+        sums = self.manifest.file(FEATURE_SUMS)
+        return read_block_sums(self.path / FEATURE_SUMS, sums.xxh3, self.feature_path, self.feature_bytes, self.remedy)
 
     @cached_property
     def indptr(self) -> NDArray[np.int64]:
         """int64 [N+1]."""
-        return open_npy(self.path / "indptr.npy")
+        return self._map("indptr.npy")
 
     @cached_property
     def indices(self) -> NDArray[Any]:
         """int32 or int64 [E]."""
-        return open_npy(self.path / "indices.npy")
+        return self._map("indices.npy")
 
     @cached_property
     def features(self) -> NDArray[Any]:
         """Rows [N, array_width] in the row format's dtype."""
-        return open_npy(self.feature_path)
+        return self._map(FEATURES)
 
     @cached_property
     def labels(self) -> NDArray[Any]:
         """int64 [N] with -1 for unknown, or uint8 [N, C]."""
-        return open_npy(self.path / "labels.npy")
+        return self._map("labels.npy")
 
     @cached_property
     def edge_weights(self) -> NDArray[np.float32] | None:
         """float32 [E], or None."""
-        return open_npy(self.path / "edge_weights.npy") if self.meta.has_edge_weights else None
+        return self._map("edge_weights.npy") if self.meta.has_edge_weights else None
+
+    def num_rows(self, name: str) -> int:
+        """Entries of a payload array, by the manifest; nothing is read."""
+        return self.manifest.file(name).shape[0]
 
     def split_ids(self, split: Split) -> NDArray[Any]:
         """Ascending node ids of a split; empty where the graph has none."""
-        return open_npy(self.path / f"{split}_ids.npy")
+        return self._map(f"{split}_ids.npy")
 
     def original_ids(self, lo: int, hi: int) -> Any:
         """The user's ids of nodes lo..hi-1, as an int64 array or a list of strings."""
@@ -133,7 +183,7 @@ class GraphStore:
         if self.meta.original_ids == "dense":
             return node_ids.astype(np.int64)
         if self.meta.original_ids == "int64":
-            return open_npy(self.path / "original_ids.npy")[node_ids]
+            return self._map("original_ids.npy")[node_ids]
         groups = node_ids // ORIGINAL_IDS_GROUP
         out: list[str] = [""] * len(node_ids)
         for group in np.unique(groups).tolist():
@@ -146,11 +196,14 @@ class GraphStore:
 
     @cached_property
     def _original_strings(self) -> Any:
+        self.verify("original_ids.parquet")
         return pq.ParquetFile(self.path / "original_ids.parquet")
 
     def validate(self, *, checksums: bool = True) -> None:
         """Check every file against the manifest; FormatError names the first that differs."""
         validate_files(self.path, self.manifest, checksums=checksums)
+        if checksums and self.manifest.version > 1:
+            assert self.feature_sums is not None  # as many as there are blocks
         if int(self.indptr[-1]) != self.num_edges or len(self.indptr) != self.num_nodes + 1:
             raise FormatError(
                 f"{self.path}/indptr.npy has {len(self.indptr)} entries ending in {int(self.indptr[-1])}, the "
@@ -158,8 +211,39 @@ class GraphStore:
             )
 
 
-def graph_manifest(meta: GraphMeta, files: tuple[Any, ...]) -> Manifest:
-    """Make the manifest that publishes a graph store."""
+def _digest_features(graph: GraphStore, progress: Progress) -> NDArray[np.uint64]:
+    """Read the feature table and return the checksums of its blocks."""
+    digest, done = BlockDigest(), 0
+    buffer = np.empty(IO_BYTES, np.uint8)
+    with open(graph.feature_path, "rb", buffering=0) as file:
+        file.seek(graph.feature_offset)
+        while done < graph.feature_bytes:
+            view = buffer.data[: min(IO_BYTES, graph.feature_bytes - done)]
+            if file.readinto(view) != len(view):
+                raise FormatError(f"{graph.feature_path} ends at byte {file.tell()}; {graph.remedy}")
+            digest.update(view)
+            done += len(view)
+            progress("seal", done, graph.feature_bytes, "bytes")
+    return digest.sums()
+
+
+def seal_graph(path: Path | str, *, progress: Progress = silent) -> GraphStore:
+    """Give a store of version 1 its checksums of blocks, after comparing every file with the manifest.
+
+    The fingerprint stays, and so does what was made from the store. A store of version 2 is returned as it is;
+    FormatError where a file is damaged, with nothing written.
+    """
+    graph = open_graph(path)
+    if graph.manifest.version != 1:
+        return graph
+    graph.validate()
+    entry = write_npy(graph.path / FEATURE_SUMS, _digest_features(graph, progress))
+    write_manifest(graph.path, replace(graph.manifest, version=2, files=(*graph.manifest.files, entry)))
+    return open_graph(path)
+
+
+def graph_manifest(meta: GraphMeta, files: tuple[FileEntry, ...]) -> Manifest:
+    """Make the manifest that publishes a graph store; `files` have to have the checksums of the features' blocks."""
     return Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=files)
 
 
@@ -174,4 +258,6 @@ def open_graph(path: Path | str) -> GraphStore:
     if meta.feature_dtype not in ROW_DTYPES:
         raise FormatError(f"{path}: feature dtype {meta.feature_dtype!r} is none of {ROW_DTYPES}")
     validate_files(path, manifest, checksums=False)
+    if manifest.version > 1:
+        manifest.file(FEATURE_SUMS)
     return GraphStore(path, manifest, meta)

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from penstock.storage.blocks import BlockDigest, sums_name
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import FormatError, full_disk_is_clear
 from penstock.storage.manifest import FileEntry
@@ -63,14 +64,17 @@ class NpyWriter:
     """Write one array of known shape front to back, and checksum it on the way.
 
     A context manager: leaving it without an error checks that all rows came, syncs, and makes `entry` available.
+    With `blocks` it also writes the checksums of blocks (see `blocks`) beside the file; `sums_entry` is theirs.
     Not safe for several threads.
     """
 
-    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...], *, blocks: bool = False) -> None:
         self.path, self.dtype, self.shape = path, np.dtype(dtype), tuple(int(n) for n in shape)
         self._rows = 0
         self._digest = xxhash.xxh3_64()
+        self._blocks = BlockDigest() if blocks else None
         self.entry: FileEntry | None = None
+        self.sums_entry: FileEntry | None = None
 
     def __enter__(self) -> "NpyWriter":
         with full_disk_is_clear(self.path):
@@ -84,7 +88,10 @@ class NpyWriter:
         if rows.shape[1:] != self.shape[1:]:
             raise ValueError(f"rows of shape {rows.shape[1:]} do not belong into {self.path} of {self.shape[1:]}")
         self._rows += rows.shape[0]
-        self._write(rows.data.cast("B") if rows.size else b"")
+        data = rows.data.cast("B") if rows.size else memoryview(b"")
+        if self._blocks is not None:
+            self._blocks.update(data)
+        self._write(data)
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
@@ -108,6 +115,8 @@ class NpyWriter:
                 shape=self.shape,
                 xxh3=str(self._digest.hexdigest()),
             )
+            if self._blocks is not None:
+                self.sums_entry = write_npy(self.path.with_name(sums_name(self.path.name)), self._blocks.sums())
         finally:
             self._file.close()
 

@@ -45,7 +45,8 @@ class RowFormat:
 def encode_rows(values: NDArray[np.float32], row_format: RowFormat) -> NDArray[Any]:
     """Turn float32 [n, width] into rows [n, array_width] of the format's dtype.
 
-    bfloat16 rounds to nearest even and never to infinity; int8 takes scale = max|row| / 127. ValueError where a value overflows float16.
+    bfloat16 rounds to nearest even, never to infinity; int8 takes scale = max|row| / 127. ValueError where a value
+    overflows float16.
     """
     values = np.ascontiguousarray(values, dtype=np.float32)
     if row_format.dtype == "float32":

@@ -17,8 +17,8 @@ from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.storage.directio import PAGE, page_up
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphMeta, GraphStore, graph_manifest, id_dtype, open_graph
-from penstock.storage.manifest import write_manifest
-from penstock.storage.npyfile import write_npy
+from penstock.storage.manifest import FileEntry, write_manifest
+from penstock.storage.npyfile import NpyWriter, write_npy
 from penstock.storage.pack import (
     PackIndex,
     PackMode,
@@ -254,6 +254,13 @@ def folder_bytes() -> Callable[[Path], dict[str, bytes]]:
     }
 
 
+def write_arrays(path: Path, array: NDArray[Any], blocks: bool) -> list[FileEntry]:
+    """Write an array, and with `blocks` the checksums of its blocks; returns the entries of both files."""
+    with NpyWriter(path, array.dtype, array.shape, blocks=blocks) as writer:
+        writer.append(array)
+    return [entry for entry in (writer.entry, writer.sums_entry) if entry is not None]
+
+
 def write_graph(
     path: Path,
     num_nodes: int,
@@ -293,7 +300,11 @@ def write_graph(
         original_ids="dense",
         source="test",
     )
-    files = tuple(write_npy(path / f"{name}.npy", array) for name, array in arrays.items())
+    files = tuple(
+        entry
+        for name, array in arrays.items()
+        for entry in write_arrays(path / f"{name}.npy", array, name == "features")
+    )
     write_manifest(path, graph_manifest(meta, files))
     return open_graph(path)
 

@@ -51,7 +51,7 @@ def plan_memory(graph: GraphStore, pieces: Pieces, host_memory: int) -> PieceMem
     fixed = per_node * graph.num_nodes
     edges = int(pieces.edges[largest])
     rows = min(graph.num_nodes, int(np.diff(pieces.starts).max()) + edges)
-    working = 8 * edges + (32 + graph.indices.dtype.itemsize) * rows  # of link_piece
+    working = 8 * edges + (32 + graph.id_dtype.itemsize) * rows  # of link_piece
     least = least_window(graph, weights=weights)
     spare = host_memory - fixed - working - edges * per_edge - WINDOWS * least
     if spare < 0:

@@ -29,7 +29,7 @@ class EdgeWindow:
 
 def edge_bytes(graph: GraphStore, weights: bool) -> int:
     """Bytes of one edge in a window."""
-    return int(graph.indices.dtype.itemsize) + 4 * weights
+    return graph.id_dtype.itemsize + 4 * weights
 
 
 def least_window(graph: GraphStore, *, weights: bool = False) -> int:

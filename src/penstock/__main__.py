@@ -210,18 +210,21 @@ def infer(
 
 
 @app.command
-def inspect(path: str, *, validate: bool = False, json: bool = False, stage_dir: Path | None = None) -> None:
+def inspect(
+    path: str, *, validate: bool = False, seal: bool = False, json: bool = False, stage_dir: Path | None = None
+) -> None:
     """Say what a folder is (graph store, trace, packs, run) and what it holds.
 
     Args:
         path: The folder, or the URI of a graph store or run.
         validate: Read everything and compare checksums.
+        seal: Add checksums of blocks to a graph store of an earlier release, after reading everything.
         json: Print JSON instead of a table.
         stage_dir: Local folder for copies of remote data.
     """
     from penstock.inspection import run_inspect
 
-    run_inspect(path, validate=validate, as_json=json, stage_dir=stage_dir)
+    run_inspect(path, validate=validate, seal=seal, as_json=json, stage_dir=stage_dir)
 
 
 @app.command

@@ -9,13 +9,13 @@ from typing import Any
 import xxhash
 import yaml
 
-from penstock.display import print_table
-from penstock.locations import local_dataset, local_run
+from penstock.display import print_table, progress
+from penstock.locations import local_dataset, local_run, seal_dataset
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
 from penstock.storage.directio import DirectFile, aligned_buffer
 from penstock.storage.errors import DataError, FormatError
-from penstock.storage.graph import open_graph
+from penstock.storage.graph import SPLITS, open_graph
 from penstock.storage.manifest import MANIFEST, read_json
 from penstock.storage.pack import has_window, open_packset, read_pack_index
 from penstock.storage.remote.config import is_uri
@@ -37,13 +37,13 @@ def describe_graph(path: Path, *, validate: bool) -> Description:
     graph = open_graph(path)
     if validate:
         graph.validate()
-    splits = {f"{split}_nodes": len(graph.split_ids(split)) for split in ("train", "valid", "test")}
+    splits = {f"{split}_nodes": graph.num_rows(f"{split}_ids.npy") for split in SPLITS}
     return {
         "kind": "graph store",
         **asdict(graph.meta),
         **splits,
         "feature_bytes": graph.feature_bytes,
-        "topology_bytes": graph.indices.nbytes + graph.indptr.nbytes,
+        "topology_bytes": graph.id_dtype.itemsize * graph.num_edges + 8 * (graph.num_nodes + 1),
         "fingerprint": graph.fingerprint,
         "validated": validate,
     }
@@ -164,8 +164,13 @@ def describe_location(location: Path | str, *, validate: bool = False, stage_dir
     return {**describe(folder, validate=validate), "checkpoints": checkpoints}
 
 
-def run_inspect(path: Path | str, *, validate: bool, as_json: bool, stage_dir: Path | None = None) -> None:
-    """Print the description."""
+def run_inspect(
+    path: Path | str, *, validate: bool, as_json: bool, seal: bool = False, stage_dir: Path | None = None
+) -> None:
+    """Print the description; `seal` first adds checksums of blocks to a graph store that has none."""
+    if seal:
+        with progress() as show:
+            seal_dataset(path, stage_dir, progress=show)
     found = describe_location(path, validate=validate, stage_dir=stage_dir)
     if as_json:
         print(json.dumps(found))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from penstock.storage.errors import DataError
+from penstock.storage.graph import FEATURE_SUMS, seal_graph
 from penstock.storage.manifest import MANIFEST
 from penstock.storage.progress import Progress, silent
 from penstock.storage.remote.config import is_uri, local_copy
@@ -60,6 +61,17 @@ def publish_file(path: Path, uri: str) -> None:
     """Copy a finished local file to a URI."""
     folder, _, name = uri.rpartition("/")
     open_remote(folder).upload(path, name)
+
+
+def seal_dataset(location: Path | str, stage_dir: Path | None = None, *, progress: Progress = silent) -> None:
+    """Give a graph store its checksums of blocks, where it has none; see `seal_graph`."""
+    folder = local_dataset(location, stage_dir, progress=progress)
+    seal_graph(folder, progress=progress)
+    remote = open_remote(str(location)) if is_uri(location) else None
+    data = (folder / MANIFEST).read_bytes()
+    if remote is not None and remote.read_if_there(MANIFEST) != data:
+        remote.upload(folder / FEATURE_SUMS, FEATURE_SUMS)
+        remote.write(MANIFEST, data)
 
 
 def upload_store(folder: Path, uri: str, *, progress: Progress = silent) -> None:

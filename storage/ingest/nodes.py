@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from penstock.kernels.rng import fold
 from penstock.kernels.synthetic import draw_splits
 from penstock.storage.errors import DataError, full_disk_is_clear
-from penstock.storage.graph import SPLITS, Split, id_dtype
+from penstock.storage.graph import FEATURES, SPLITS, Split, id_dtype
 from penstock.storage.ingest.options import IngestOptions
 from penstock.storage.ingest.source import SPLIT_CODES, GraphSource, NodeChunk
 from penstock.storage.manifest import FileEntry
@@ -107,7 +107,8 @@ class NodeStep:
         source, num_nodes, top = self.source, self.source.num_nodes, -1
         row_format = RowFormat(dtype=self.options.feature_dtype, width=source.num_features)
         label_shape = (num_nodes, source.label_width) if source.label_width else (num_nodes,)
-        features = NpyWriter(self.out / "features.npy", row_format.array_dtype, (num_nodes, row_format.array_width))
+        shape = (num_nodes, row_format.array_width)
+        features = NpyWriter(self.out / FEATURES, row_format.array_dtype, shape, blocks=True)
         labels = NpyWriter(self.out / "labels.npy", np.uint8 if source.label_width else np.int64, label_shape)
         done = 0
         with features, labels, open(self.work / _CODES, "wb") as codes:
@@ -122,8 +123,8 @@ class NodeStep:
                     codes.write(np.ascontiguousarray(split).data)
                 done += len(rows)
                 self.progress("ingest nodes", done, num_nodes, "rows")
-        assert features.entry is not None and labels.entry is not None
-        return source.label_width or top + 1, (features.entry, labels.entry)
+        assert features.entry is not None and features.sums_entry is not None and labels.entry is not None
+        return source.label_width or top + 1, (features.entry, features.sums_entry, labels.entry)
 
     def _encode(self, chunk: NodeChunk, rows: NDArray[np.float32], row_format: RowFormat) -> NDArray[Any]:
         try:

@@ -16,12 +16,13 @@ from penstock.engine.minibatch import Block
 from penstock.engine.models import ModelConfig, build_model
 from penstock.engine.rowtable import RowTable
 from penstock.engine.topology import ChunkCosts, InEdges
+from penstock.storage.blocks import read_block_sums
 from penstock.storage.budget import MIB
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy
-from penstock.storage.npyfile import write_npy
+from penstock.storage.npyfile import NpyWriter
 from penstock.storage.rows import RowDtype, decode_rows
 
 KINDS: list[dict[str, Any]] = [
@@ -196,7 +197,7 @@ def test_finished_layers_are_kept(tiny_graph: GraphStore, tmp_path: Path) -> Non
 
     def run() -> dict[str, int]:
         exact_embeddings(model, tiny_graph, tmp_path, host_memory=64 * MIB, threads=1)
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("layer-?.npy")}
 
     first = run()
     assert run() == first and len(first) == 3
@@ -276,8 +277,11 @@ def test_users_module(tiny_graph: GraphStore, tmp_path: Path) -> None:
 def test_row_table_reads_any_ascending_ids(width: int, resident: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(width)
     rows = rng.integers(0, 256, (1500, width * 4), dtype=np.uint8)
-    write_npy(tmp_path / "t.npy", rows.view("<f4").reshape(1500, width))
-    with RowTable(tmp_path / "t.npy", width * 4, 1500, resident=resident, threads=2) as table:
+    with NpyWriter(tmp_path / "t.npy", "<f4", (1500, width), blocks=True) as writer:
+        writer.append(rows.view("<f4").reshape(1500, width))
+    assert writer.sums_entry is not None
+    checks = (tmp_path / "t.sums.npy", writer.sums_entry.xxh3, tmp_path / "t.npy", rows.nbytes, "rebuild it")
+    with RowTable(tmp_path / "t.npy", width * 4, 1500, read_block_sums(*checks), resident=resident, threads=2) as table:
         for count in (0, 1, 7, 400, 1500):
             ids = np.sort(rng.choice(1500, count, replace=False))
             out = np.zeros((count, width * 4), np.uint8)

@@ -13,7 +13,20 @@ from penstock.kernels import reference_runs, runs
 
 NAMES = ["encode_bfloat16", "decode_bfloat16", "spread_runs"]
 MODULES = [runs, reference_runs]
-EDGES = [0, 0x80000000, 1, 0x7F7FFFFF, 0x7F7F8000, 0xFF7FFFFF, 0x7F7F7FFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
+EDGES = [
+    0,
+    0x80000000,
+    1,
+    0x7F7FFFFF,
+    0x7F7F8000,
+    0xFF7FFFFF,
+    0x7F7F7FFF,
+    0x7F800000,
+    0xFF800000,
+    0x7F800001,
+    0x7FFFFFFF,
+    0xFFFFFFFF,
+]
 words = hnp.arrays(np.uint32, st.integers(0, 40), elements=st.integers(0, 2**32 - 1) | st.sampled_from(EDGES))
 
 

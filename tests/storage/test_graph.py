@@ -1,4 +1,4 @@
-"""The graph store: a golden folder of version 1 that must read forever, and damage of every kind."""
+"""The graph store: golden folders of every version that must read forever, and damage of every kind."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from penstock.storage.errors import FormatError
 from penstock.storage.graph import GraphStore, open_graph
 from penstock.storage.ingest import IngestOptions, ingest_parquet
 
-GOLDEN = Path(__file__).parent / "golden" / "graph_v1"
+OLD = Path(__file__).parent / "golden" / "graph_v1"
+GOLDEN = OLD.with_name("graph_v2")
 
 
 def build_golden(folder: Path) -> GraphStore:
@@ -34,8 +35,9 @@ def build_golden(folder: Path) -> GraphStore:
     return ingest_parquet(*tables, folder / "graph", IngestOptions(), host_memory=32 << 20)
 
 
-def test_version_1_reads_forever() -> None:
-    store = open_graph(GOLDEN)
+@pytest.mark.parametrize("folder", [OLD, GOLDEN], ids=lambda folder: folder.name)
+def test_every_version_reads_forever(folder: Path) -> None:
+    store = open_graph(folder)
     store.validate()
     assert store.fingerprint == "198fb35a67ff0421"
     assert (store.num_nodes, store.num_edges, store.meta.num_classes) == (5, 5, 3)
