@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.engine.blockcache import BlockCache, derived
 from penstock.engine.minibatch import Block
-from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum
+from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum, count_loops
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,6 +42,13 @@ def scale_dtype(x: Tensor) -> torch.dtype:
 def sampled_degrees(block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
     """Edges [R] that each destination has in the block."""
     return block.indptr.diff().to(dtype)
+
+
+def loops_in_block(block: Block) -> Tensor:
+    """Edges int32 [R] of the block that lead from a destination to itself."""
+    if block.indices.device.type == "cpu":
+        return count_loops(block)
+    return _count_chosen(block, block.indices == edge_destinations(block)).int()
 
 
 def _segments(block: Block, values: Tensor, reduce: str) -> Tensor:

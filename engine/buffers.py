@@ -80,6 +80,7 @@ def make_batch(item: Item, step: int, epoch: int, features: Tensor) -> MiniBatch
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     degrees = None if item.degrees is None else tensor(item.degrees)
+    loops = None if item.loops is None else tensor(item.loops)
     labels = tensor(item.labels)
     blocks = tuple(
         Block(
@@ -89,6 +90,7 @@ def make_batch(item: Item, step: int, epoch: int, features: Tensor) -> MiniBatch
             indices=tensor(block.indices),
             edge_weights=None if block.edge_weights is None else tensor(block.edge_weights),
             src_degrees=None if degrees is None else degrees[: block.num_src],
+            src_loops=None if loops is None else loops[: block.num_src],
         )
         for block in item.blocks
     )

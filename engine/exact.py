@@ -23,7 +23,7 @@ from penstock.engine.checkpoint import model_checksum
 from penstock.engine.minibatch import Block
 from penstock.engine.models import check_layer_forward, layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
-from penstock.engine.topology import ChunkCosts, InEdges
+from penstock.engine.topology import ChunkCosts, InEdges, count_self_loops
 from penstock.storage.blocks import BlockSums, read_block_sums, sums_name
 from penstock.storage.budget import format_bytes, require_free_disk
 from penstock.storage.errors import DoesNotFit, FormatError
@@ -142,14 +142,25 @@ def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, 
     )
 
 
+def _needs_degrees(model: nn.Module) -> bool:
+    return bool(getattr(model, "needs_degrees", True))
+
+
 class _Pass:
     """One layer over all its destinations: `source` None is the feature table, `out` what is written."""
 
     def __init__(
-        self, model: nn.Module, graph: GraphStore, source: LayerTable | None, out: LayerTable, threads: int
+        self,
+        model: nn.Module,
+        graph: GraphStore,
+        source: LayerTable | None,
+        out: LayerTable,
+        threads: int,
+        loops: NDArray[Any] | None,
     ) -> None:
         self.model, self.graph, self.out, self.threads = model, graph, out, threads
-        self.edges = InEdges(graph, out.ids)
+        self.edges = InEdges(graph, out.ids, loops)
+        self._loop_bytes = 0 if loops is None else loops.nbytes
         self.path = source.path if source else graph.feature_path
         self._source = source
         self.row_format = source.row_format if source else graph.row_format
@@ -178,19 +189,21 @@ class _Pass:
     def split_budget(self, host_memory: int) -> tuple[bool, int]:
         """Whether the source table is held in memory, and the bytes left for a chunk; DoesNotFit where too few are."""
         table_bytes = self.graph.num_nodes * self.row_format.row_bytes
+        available = host_memory - self._loop_bytes
         read_bytes = buffer_bytes(self.row_format.row_bytes)
         max_degree = self.edges.max_degree
         hub_bytes = int(self.costs.chunk(1, max_degree))
         resident_bytes = max(table_bytes + hub_bytes, -(-4 * table_bytes // 3))  # a quarter is left for chunks
-        if host_memory >= resident_bytes:
-            return True, host_memory - table_bytes
-        if host_memory < read_bytes + hub_bytes:
+        if available >= resident_bytes:
+            return True, available - table_bytes
+        least = min(resident_bytes, read_bytes + hub_bytes)
+        if available < least:
             raise DoesNotFit(
                 f"layer {self.out.layer} needs {format_bytes(hub_bytes)} for the node with {max_degree} in-neighbours "
                 f"and {format_bytes(read_bytes)} to read, host_memory is {format_bytes(host_memory)}; give it at least "
-                f"{min(resident_bytes, read_bytes + hub_bytes)} bytes, or evaluate on sampled neighbours"
+                f"{least + self._loop_bytes} bytes, or evaluate on sampled neighbours"
             )
-        return False, host_memory - read_bytes
+        return False, available - read_bytes
 
     def run(self, key: dict[str, Any], host_memory: int, progress: Progress) -> None:
         """Write the layer's table, then the marker that says so."""
@@ -213,8 +226,7 @@ class _Pass:
         write_json(marker, {"key": key, **checksums})
 
     def _compute(self, table: RowTable, lo: int, hi: int) -> NDArray[np.float32]:
-        needs_degrees = bool(getattr(self.model, "needs_degrees", True))
-        block, dst, others = self.edges.block(lo, hi, needs_degrees)
+        block, dst, others = self.edges.block(lo, hi, _needs_degrees(self.model))
         x = self._gather(table, dst, others)
         output = layer_forward(self.model, self.out.layer - 1, block.to(self.device), x.to(self.device))
         return output.float().cpu().numpy()
@@ -277,13 +289,14 @@ def _run_layers(
     scratch.mkdir(parents=True, exist_ok=True)
     ids = None if targets is None else np.unique(targets)
     widths = layer_widths(model, graph.meta.num_features, total, device)
+    loops = count_self_loops(graph) if _needs_degrees(model) else None
     passes: list[_Pass] = []
     for layer in range(1, total + 1):
         last = ids if layer == total else None
         num_rows = graph.num_nodes if last is None else len(last)
         path = scratch / f"layer-{layer}.npy"
         out = LayerTable(path=path, layer=layer, num_rows=num_rows, width=widths[layer], ids=last)
-        passes.append(_Pass(model, graph, passes[-1].out if passes else None, out, threads))
+        passes.append(_Pass(model, graph, passes[-1].out if passes else None, out, threads, loops))
     key = {"model": model_checksum(model), "graph": graph.fingerprint}
     due = [one for one in passes if not one.is_finished({**key, "targets": _digest(one.out.ids)})]
     for one in due:

@@ -7,8 +7,9 @@
 | `GATConv` | Velickovic et al., ICLR 2018, equations 1 to 6 | softmax over what was sampled |
 | `GINConv` | Xu et al., ICLR 2019, equation 4.1 | rescaled by degree / sampled: unbiased |
 
-With all neighbours they equal PyG's layers of these names. GCN and GAT add the edge from a node to itself, so GCN
-expects a graph without such edges (ingest with `self_loops: remove`). Edge weights count in SAGE's mean only, and only
+With all neighbours they equal PyG's layers of these names, on graphs with self-loops too: GCN and GAT give every node
+one edge from itself in place of those it has (PyG's `add_remaining_self_loops`), SAGE and GIN take such edges as they
+are. Edge weights count in SAGE's mean only, and only
 if asked; where neighbours were drawn by weight, the plain mean already estimates the weighted one.
 
 Letters: S sources, R destinations, E edges of the block, F features, H outputs, K heads.
@@ -28,6 +29,7 @@ from penstock.engine.aggregate import (
     aggregate_weighted,
     aggregate_weighted_mean,
     edge_softmax,
+    loops_in_block,
     sampled_degrees,
     scale_dtype,
     with_self_loops,
@@ -74,17 +76,26 @@ def _degree_ratio(block: Block, layer: str, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _gcn_scales(block: Block, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of sources [S], of destinations' sums [R] and of destinations themselves [R]."""
+    """Factors of sources [S], of destinations' sums [R] and of destinations themselves [R].
+
+    The block's own self-loops are in the sums; the last factor takes them out again, and puts in the one that counts.
+    """
     degrees, ratio = _degree_ratio(block, layer, dtype)
-    src_scale = (degrees + 1).rsqrt()
+    in_block = loops_in_block(block).to(dtype)
+    if block.src_loops is not None:
+        others = degrees - block.src_loops.to(dtype)
+    else:  # the graph has none, or the block was made by hand, with all neighbours
+        others = torch.cat([(degrees[: block.num_dst] - in_block).clamp(min=0), degrees[block.num_dst :]])
+    src_scale = (others + 1).rsqrt()
     own = src_scale[: block.num_dst]
-    return src_scale, own * ratio, own.square()
+    return src_scale, own * ratio, own.square() * (1 - in_block * ratio)
 
 
 def gcn_propagate(block: Block, x: Tensor, layer: str) -> Tensor:
-    """Sum of x_u / sqrt((d_u + 1) (d_v + 1)) over neighbours and v itself, [S, F] to [R, F]; d whole-graph in-degrees.
+    """Sum of x_u / sqrt((d_u + 1) (d_v + 1)) over other neighbours and, once, v itself, [S, F] to [R, F].
 
-    ValueError, in the name of `layer`, where the block has no degrees.
+    d are in-degrees in the whole graph without self-loops. ValueError, in the name of `layer`, where the block has no
+    degrees.
     """
     dtype = scale_dtype(x)
     src_scale, dst_scale, own = derived(block.cache, f"gcn {dtype}", lambda: _gcn_scales(block, layer, dtype))
@@ -124,7 +135,7 @@ class SAGEConv(nn.Module):
 
 
 class GCNConv(nn.Module):
-    """W (sum of x_u / sqrt((d_u + 1) (d_v + 1)) over neighbours and v itself) + b; d in-degrees in the whole graph."""
+    """W (sum of x_u / sqrt((d_u + 1) (d_v + 1)) over other neighbours and v itself) + b; see `gcn_propagate`."""
 
     needs_degrees = True
 

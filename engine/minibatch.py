@@ -22,7 +22,8 @@ class Block:
     """One bipartite layer in CSC; destinations are the first `num_dst` of the `num_src` sources.
 
     `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None;
-    `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them.
+    `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them;
+    `src_loops` int32 [num_src] of these are edges from the node to itself, None where only the block's own edges are.
     `draws` says from what dropout draws, None for torch's generator; `cache` keeps what is derived from the structure.
     """
 
@@ -32,6 +33,7 @@ class Block:
     indices: Tensor
     edge_weights: Tensor | None = None
     src_degrees: Tensor | None = None
+    src_loops: Tensor | None = None
     draws: Draws | None = None
     cache: BlockCache | None = None
 

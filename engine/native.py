@@ -20,7 +20,7 @@ from penstock.engine import recycled
 from penstock.engine.blockcache import derived
 from penstock.engine.minibatch import Block
 from penstock.kernels import aggregate as kernels
-from penstock.kernels import attention
+from penstock.kernels import attention, loops
 from penstock.kernels.parallel import num_parts, run_ranges, split_by_edges
 from penstock.kernels.transpose import count_sources, offsets_of_counts, place_edges
 
@@ -100,6 +100,13 @@ def scaled_sum_into(
     out = recycled.empty(len(indptr) - 1, x.shape[1])
     args = (_array(indices), _array(x), _array(src_scale), _array(dst_scale), _array(own_scale), out.numpy())
     _run(kernels.scaled_sum, _array(indptr), x.shape[1], *args)
+    return out
+
+
+def count_loops(block: Block) -> Tensor:
+    """Edges int32 [R] of a CPU block that lead from a destination to itself."""
+    out = torch.empty(block.num_dst, dtype=torch.int32)
+    _run(loops.count_in_block, _array(block.indptr), 1, _array(block.indices), out.numpy())
     return out
 
 

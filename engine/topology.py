@@ -19,6 +19,7 @@ from penstock.storage.npyfile import open_npy
 
 _MAX_WINDOW = 1 << 22  # destinations whose degrees are looked at together
 _MAX_EDGES = 2**31 - 1
+_SCAN_ROWS, _SCAN_EDGES = 1 << 16, 1 << 20  # of the topology that are looked at together for self-loops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +37,36 @@ class ChunkCosts:
         return sources * self.source + num_dst * self.destination + num_edges * self.edge
 
 
-class InEdges:
-    """In-edges of destinations, read and not mapped, so that they count only while a chunk holds them."""
+def count_self_loops(graph: GraphStore) -> NDArray[Any] | None:
+    """Edges [N] from each node to itself, in the smallest unsigned type; None where the graph has none. One scan."""
+    found: NDArray[Any] = np.zeros(0, np.uint8)
+    every = InEdges(graph, None)
+    for first in range(0, graph.num_nodes, _SCAN_ROWS):
+        starts, ends = every.bounds(first, min(first + _SCAN_ROWS, graph.num_nodes))
+        for lo in range(int(starts[0]), int(ends[-1]), _SCAN_EDGES):
+            hi = min(lo + _SCAN_EDGES, int(ends[-1]))
+            sources = every.edges("indices", every.id_type, np.array([lo]), np.array([hi]))
+            rows = first + np.searchsorted(ends, np.arange(lo, hi), side="right")
+            nodes, counts = np.unique(rows[sources == rows], return_counts=True)
+            if len(nodes):
+                found = found if len(found) else np.zeros(graph.num_nodes, np.uint8)
+                total = found[nodes] + counts  # int64; a node's edges may lie in two pieces
+                found = found.astype(np.promote_types(found.dtype, np.min_scalar_type(int(total.max()))), copy=False)
+                found[nodes] = total
+    return found if len(found) else None
 
-    def __init__(self, graph: GraphStore, ids: NDArray[Any] | None) -> None:
+
+class InEdges:
+    """In-edges of destinations, read and not mapped, so that they count only while a chunk holds them.
+
+    `loops` [N], see `count_self_loops`, go along with degrees.
+    """
+
+    def __init__(self, graph: GraphStore, ids: NDArray[Any] | None, loops: NDArray[Any] | None = None) -> None:
         for name in ("indptr.npy", "indices.npy", *["edge_weights.npy"] * graph.meta.has_edge_weights):
             graph.verify(name)
-        self._graph, self._ids = graph, ids
+        self._graph, self._ids, self._loops = graph, ids, loops
+        self.id_type = graph.manifest.file("indices.npy").dtype
         self.num_dst = graph.num_nodes if ids is None else len(ids)
 
     def bounds(self, lo: int, hi: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -94,7 +118,7 @@ class InEdges:
         """The block of destinations lo..hi-1 over all in-neighbours; its destinations; its other sources, ascending."""
         starts, ends = self.bounds(lo, hi)
         dst = self.destinations(lo, hi)
-        neighbours = self.edges("indices", self._graph.manifest.file("indices.npy").dtype, starts, ends)
+        neighbours = self.edges("indices", self.id_type, starts, ends)
         unique = np.unique(neighbours)
         others = np.setdiff1d(unique, dst, assume_unique=True).astype(np.int64)
         # destinations are the first sources; the rest follow in order
@@ -110,11 +134,13 @@ class InEdges:
         weights = None
         if self._graph.meta.has_edge_weights:
             weights = torch.from_numpy(self.edges("edge_weights", np.float32, starts, ends))
-        degrees = None
+        degrees = loops = None
         if with_degrees:
             table, rest = self._graph.indptr, others
             found = np.concatenate([ends - starts, table[rest + 1] - table[rest]])
             degrees = torch.from_numpy(found.astype(np.int32))
+            if self._loops is not None:
+                loops = torch.from_numpy(self._loops[np.concatenate([dst, others])].astype(np.int32))
         block = Block(
             num_src=len(dst) + len(others),
             num_dst=len(dst),
@@ -122,5 +148,6 @@ class InEdges:
             indices=torch.from_numpy(indices),
             edge_weights=weights,
             src_degrees=degrees,
+            src_loops=loops,
         )
         return block, dst, others

@@ -1,4 +1,4 @@
-"""Put an item together from what a mode sampled: labels, in-degrees, blocks."""
+"""Put an item together from what a mode sampled: labels, in-degrees, self-loops, blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kernels.loops import count_own
 from penstock.kernels.sample import count_edges
 from penstock.sampler.draws import Scratch
 from penstock.storage.errors import DoesNotFit
@@ -41,6 +42,12 @@ def _read_degrees(graph: GraphStore, nodes: NDArray[Any], scratch: Scratch) -> N
     return out
 
 
+def _read_loops(graph: GraphStore, nodes: NDArray[Any], scratch: Scratch) -> NDArray[np.int32] | None:
+    out = scratch.take("loops", len(nodes), np.int32)[: len(nodes)]
+    count_own(graph.indptr, graph.indices, nodes, 0, len(nodes), out)
+    return out if out.any() else None
+
+
 def make_item(
     graph: GraphStore,
     meta: TraceMeta,
@@ -59,4 +66,5 @@ def make_item(
         labels=read_labels(graph, nodes[:num_seeds]),
         degrees=_read_degrees(graph, nodes, scratch) if meta.degrees else None,
         blocks=tuple(blocks),
+        loops=_read_loops(graph, nodes, scratch) if meta.degrees else None,
     )

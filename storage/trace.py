@@ -12,6 +12,7 @@ trainer needs of an item; the packer copies it into the item's extent byte for b
 | id[M] | input node ids; those of layer l's sources are the first `sources` of them, the seeds the first B |
 | int32[B] or uint8[B, C] | labels of the seeds (label width 0 means int32; -1 for unknown) |
 | int32[M] | in-degrees in the whole graph (flag 1) |
+| int32[M] | how many edges lead from a node to itself (flag 4; version 2; absent where none does) |
 | per layer: int32[dst+1], int32[E], float32[E] | block `indptr`, `indices` (local ids), edge weights (flag 2) |
 
 Letters: L layers, B seeds, M input nodes of the item, E edges of the block, C classes of a multi-label task.
@@ -33,9 +34,10 @@ from penstock.storage.manifest import Manifest, read_json, read_manifest, write_
 
 FORMAT = "penstock/trace"
 VERSIONS = (1,)
+PAYLOAD_VERSIONS = (1, 2)  # 2 only where there are self-loops, so that others keep their bytes
 MAGIC = 0x4D455449_4B4E4550  # "PENKITEM" as little-endian bytes
 _HEAD, _LAYER, _ALIGN = 12, 4, 64
-HAS_DEGREES, HAS_WEIGHTS = 1, 2
+HAS_DEGREES, HAS_WEIGHTS, HAS_LOOPS = 1, 2, 4
 
 
 def align(num_bytes: int) -> int:
@@ -58,7 +60,8 @@ class BlockArrays:
 class Item:
     """A sampled mini-batch without features; from `decode_item` its arrays are views of the payload.
 
-    `blocks[0]` is the input side; destinations are a prefix of sources in each, seeds the first of `input_ids`.
+    `blocks[0]` is the input side; destinations are a prefix of sources in each, seeds the first of `input_ids`. `loops`
+    come with degrees: edges from each input node to itself, None where no input node has any.
     """
 
     index: int
@@ -68,6 +71,7 @@ class Item:
     labels: NDArray[Any]
     degrees: NDArray[np.int32] | None
     blocks: tuple[BlockArrays, ...]
+    loops: NDArray[np.int32] | None = None
 
     @property
     def seeds(self) -> NDArray[Any]:
@@ -80,6 +84,8 @@ def _arrays(item: Item) -> Iterator[NDArray[Any]]:
     yield item.labels
     if item.degrees is not None:
         yield item.degrees
+    if item.loops is not None:
+        yield item.loops
     for block in item.blocks:
         yield block.indptr
         yield block.indices
@@ -96,10 +102,11 @@ def payload_bytes(item: Item) -> int:
 def encode_item(item: Item, out: NDArray[np.uint8]) -> int:
     """Write the payload into `out` and return its size. Padding is zero, so equal items give equal bytes."""
     has_weights = item.blocks[0].edge_weights is not None
-    flags = HAS_DEGREES * (item.degrees is not None) + HAS_WEIGHTS * has_weights
+    has_loops = item.loops is not None
+    flags = HAS_DEGREES * (item.degrees is not None) + HAS_WEIGHTS * has_weights + HAS_LOOPS * has_loops
     label_width = item.labels.shape[1] if item.labels.ndim == 2 else 0
     num_bytes = payload_bytes(item)
-    head = [MAGIC, VERSIONS[-1], num_bytes, item.index, item.epoch, len(item.blocks), item.num_seeds]
+    head = [MAGIC, PAYLOAD_VERSIONS[has_loops], num_bytes, item.index, item.epoch, len(item.blocks), item.num_seeds]
     head += [len(item.input_ids), item.input_ids.dtype.itemsize, label_width, flags, 0]
     for block in item.blocks:
         head += [block.num_src, block.num_dst, len(block.indices), 0]
@@ -117,7 +124,7 @@ def encode_item(item: Item, out: NDArray[np.uint8]) -> int:
 def decode_item(payload: NDArray[np.uint8]) -> Item:
     """View a payload as an item; nothing is copied. FormatError where it is not one or is cut."""
     head = payload[: 8 * _HEAD].view("<i8")
-    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in VERSIONS:
+    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in PAYLOAD_VERSIONS:
         raise FormatError("these bytes are no item payload of a version this release reads; rebuild trace and packs")
     if head[2] > len(payload):
         raise FormatError(f"the item payload is cut: {len(payload)} of {int(head[2])} bytes; rebuild trace and packs")
@@ -135,6 +142,7 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
     input_ids = take(num_inputs, f"<i{id_bytes}")
     labels = take(num_seeds * label_width, "u1").reshape(-1, label_width) if label_width else take(num_seeds, "<i4")
     degrees = take(num_inputs, "<i4") if flags & HAS_DEGREES else None
+    loops = take(num_inputs, "<i4") if flags & HAS_LOOPS else None
     blocks = []
     for num_src, num_dst, num_edges, _ in layers.tolist():
         indptr, indices = take(num_dst + 1, "<i4"), take(num_edges, "<i4")
@@ -150,13 +158,14 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
         labels=labels,
         degrees=degrees,
         blocks=tuple(blocks),
+        loops=loops,
     )
 
 
 def read_input_ids(fd: int, offset: int) -> NDArray[Any]:
     """Read only the input node ids of the payload at `offset` of an open file; no page of it stays mapped."""
     head = np.frombuffer(os.pread(fd, 8 * _HEAD, offset), "<i8")
-    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in VERSIONS:
+    if len(head) < _HEAD or head[0] != MAGIC or head[1] not in PAYLOAD_VERSIONS:
         raise FormatError(f"no item payload of a version this release reads at byte {offset}; sample again")
     id_bytes = int(head[8])
     start = offset + align(8 * (_HEAD + _LAYER * int(head[5])))

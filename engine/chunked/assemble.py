@@ -97,9 +97,10 @@ def assemble(spec: RankSpec, graph: GraphStore, transport: Transport, model: nn.
     keeps_entries = spec.recompute and layout.prev_rank(spec.rank) is not None
     entries = history.row_store("entries", state_width) if keeps_entries else None
     leaves = layout.next_rank(spec.rank) is None
+    with_loops = graph if getattr(model, "needs_degrees", True) else None
     compute = StageCompute(
         model,
-        [load_chunk(part.chunk(c), device) for c in range(part.num_chunks)],
+        [load_chunk(part.chunk(c), device, with_loops) for c in range(part.num_chunks)],
         hidden=hidden,
         enters=spec.first_unit == 0,
         leaves=leaves,

@@ -14,6 +14,7 @@ from torch import Tensor
 from penstock.engine.blockcache import BlockCache
 from penstock.engine.dropout import Draws
 from penstock.engine.minibatch import Block
+from penstock.kernels.loops import count_own
 from penstock.storage.chunks import Chunk, PartChunks
 from penstock.storage.graph import GraphStore, Split
 
@@ -61,8 +62,16 @@ def _message_block(send_rows: NDArray[np.int32], num_slab: int, device: torch.de
     ).to(device)
 
 
-def load_chunk(chunk: Chunk, device: torch.device) -> ChunkData:
-    """Read a chunk into memory."""
+def _loops(chunk: Chunk, graph: GraphStore) -> Tensor | None:
+    """Edges of the graph from each source of the chunk to itself; None where there are none."""
+    ids = np.concatenate([chunk.node_ids, chunk.halo_ids])
+    out = np.empty(len(ids), np.int32)
+    count_own(graph.indptr, graph.indices, ids, 0, len(ids), out)
+    return torch.from_numpy(out) if out.any() else None
+
+
+def load_chunk(chunk: Chunk, device: torch.device, graph: GraphStore | None = None) -> ChunkData:
+    """Read a chunk into memory; of `graph`, its self-loops, which only layers that use degrees ask for."""
     weights = None if chunk.edge_weights is None else _copy(chunk.edge_weights)
     block = Block(
         num_src=chunk.num_own + chunk.num_halo,
@@ -71,6 +80,7 @@ def load_chunk(chunk: Chunk, device: torch.device) -> ChunkData:
         indices=_copy(chunk.indices),
         edge_weights=weights,
         src_degrees=_copy(chunk.degrees),
+        src_loops=None if graph is None else _loops(chunk, graph),
         cache=BlockCache(),
     ).to(device)
     send_rows = np.array(chunk.send_rows)

@@ -49,7 +49,15 @@ META = TraceMeta(
 )
 
 
-def _item(index: int, *, wide: bool = False, classes: int = 0, degrees: bool = True, weights: bool = True) -> Item:
+def _item(
+    index: int,
+    *,
+    wide: bool = False,
+    classes: int = 0,
+    degrees: bool = True,
+    weights: bool = True,
+    loops: bool = False,
+) -> Item:
     """An item of two layers, 2 seeds, 3 and 5 sources, that is the same every time."""
 
     def block(num_src: int, num_dst: int, counts: list[int]) -> BlockArrays:
@@ -67,6 +75,7 @@ def _item(index: int, *, wide: bool = False, classes: int = 0, degrees: bool = T
         labels=np.eye(2, classes, dtype=np.uint8) if classes else labels,
         degrees=np.arange(5, dtype=np.int32) if degrees else None,
         blocks=(block(5, 3, [2, 0, 3]), block(3, 2, [1, 1])),
+        loops=np.array([0, 2, 0, 0, 1], np.int32) if loops else None,
     )
 
 
@@ -80,6 +89,7 @@ def _encoded(item: Item) -> NDArray[np.uint8]:
 def _assert_equal(a: Item, b: Item) -> None:
     assert (a.index, a.epoch, a.num_seeds, len(a.blocks)) == (b.index, b.epoch, b.num_seeds, len(b.blocks))
     pairs: list[tuple[Any, Any]] = [(a.input_ids, b.input_ids), (a.labels, b.labels), (a.degrees, b.degrees)]
+    pairs.append((a.loops, b.loops))
     for x, y in zip(a.blocks, b.blocks, strict=True):
         assert (x.num_src, x.num_dst) == (y.num_src, y.num_dst)
         pairs += [(x.indptr, y.indptr), (x.indices, y.indices), (x.edge_weights, y.edge_weights)]
@@ -97,11 +107,15 @@ def _assert_equal(a: Item, b: Item) -> None:
     classes=st.integers(0, 70),
     degrees=st.booleans(),
     weights=st.booleans(),
+    loops=st.booleans(),
 )
-def test_items_survive_the_round_trip(index: int, wide: bool, classes: int, degrees: bool, weights: bool) -> None:
-    item = _item(index, wide=wide, classes=classes, degrees=degrees, weights=weights)
+def test_items_survive_the_round_trip(
+    index: int, wide: bool, classes: int, degrees: bool, weights: bool, loops: bool
+) -> None:
+    item = _item(index, wide=wide, classes=classes, degrees=degrees, weights=weights, loops=loops)
     payload = _encoded(item)
     assert len(payload) % 64 == 0
+    assert payload[8:16].view("<i8")[0] == (2 if loops else 1)  # releases that know no loops refuse such items
     found = decode_item(payload)
     _assert_equal(found, item)
     assert np.shares_memory(found.input_ids, payload)

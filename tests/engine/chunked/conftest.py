@@ -237,11 +237,11 @@ class Probe:
 
 @pytest.fixture(scope="session")
 def lab_graph(make_graph: Callable[..., GraphStore]) -> GraphStore:
-    """90 nodes: a hub that half of them reach, ten nodes without any edge, parallel edges, a self-loop, 3 classes."""
+    """90 nodes: a hub that half of them reach, ten without any edge, parallel edges, self-loops, 3 classes."""
     rng = np.random.default_rng(3)
     edges = rng.integers(0, 80, (300, 2))
     hub = np.stack([np.arange(0, 80, 2), np.full(40, 7)], axis=1)
-    every = np.concatenate([edges[edges[:, 0] != edges[:, 1]], edges[:4], hub, [[5, 5]]])
+    every = np.concatenate([edges[edges[:, 0] != edges[:, 1]], edges[:4], hub, [[5, 5], [7, 7], [7, 7]]])
     features = rng.standard_normal((90, 5)).astype(np.float32)
     return make_graph(90, every, features=features, labels=rng.integers(-1, 3, 90), train=np.arange(0, 90, 2))
 

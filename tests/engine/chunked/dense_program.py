@@ -54,6 +54,8 @@ class Reference:
         self.optimizer: torch.optim.Optimizer = kinds[case.train.optimizer](
             self.model.parameters(), lr=case.train.lr, weight_decay=case.train.weight_decay
         )
+        targets = np.repeat(np.arange(case.graph.num_nodes), np.diff(case.graph.indptr))
+        self._loops = np.bincount(targets[targets == case.graph.indices], minlength=case.graph.num_nodes)
         self.pieces = [self._piece(np.flatnonzero(case.chunks == c)) for c in range(case.num_chunks)]
         self.whole = self._piece(np.arange(case.graph.num_nodes))
         self.is_train = torch.zeros(case.graph.num_nodes, dtype=torch.bool)
@@ -80,6 +82,7 @@ class Reference:
             indices=torch.from_numpy(at[sources].astype(np.int32)),
             edge_weights=weights,
             src_degrees=torch.from_numpy(np.diff(graph.indptr)[ids].astype(np.int32)),
+            src_loops=torch.from_numpy(self._loops[ids].astype(np.int32)),
         )
         return _Piece(torch.from_numpy(ids), block)
 
