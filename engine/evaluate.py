@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from penstock.engine.exact import LayerTable, exact_embeddings
+from penstock.engine.exact import LayerTable, exact_tables
 from penstock.engine.metrics import Counts, Metrics
 from penstock.engine.minibatch import MiniBatch
 from penstock.storage.graph import GraphStore, Split
@@ -59,10 +59,10 @@ def evaluate_exact(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> dict[Split, Metrics]:
-    """Score a model on splits over all in-neighbours; see `exact.exact_embeddings` for memory and disk."""
+    """Score a model on splits over all in-neighbours; see `exact.exact_tables` for memory and disk."""
     splits = list(splits)
     targets = np.concatenate([graph.split_ids(split) for split in splits])
-    table = exact_embeddings(
+    with exact_tables(
         model,
         graph,
         scratch,
@@ -71,5 +71,5 @@ def evaluate_exact(
         device=device,
         targets=targets,
         progress=progress,
-    )
-    return {split: score_table(table, graph, split) for split in splits}
+    ) as table:
+        return {split: score_table(table, graph, split) for split in splits}

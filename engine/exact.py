@@ -4,11 +4,15 @@ Layer l of every node is computed from a table of layer l-1 and written to a tab
 as in GAS (Fey et al., ICML 2021, section 3) and PyG's `inference` recipes; ours keeps a memory budget: destinations
 come in chunks whose sources, block and temporaries fit, and a table that fits stays in memory while it is read.
 
-Tables are `layer-N.npy` float32 in a scratch folder, each with a `layer-N.json` that ties it to model, graph and
-targets, so a finished layer is not computed again. Letters: D destinations, S sources, E edges of a chunk, F features.
+Tables are `layer-N.npy` float32 in a scratch folder, each with a `layer-N.json` that ties it to all that its bits
+depend on (see `table_key`), so a finished layer is not computed again, and no other one is taken for it.
+
+Letters: D destinations, S sources, E edges of a chunk, F features.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,12 @@ import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
-from penstock.engine.checkpoint import model_checksum
 from penstock.engine.minibatch import Block
-from penstock.engine.models import check_layer_forward, layer_forward
+from penstock.engine.models import layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
+from penstock.engine.tablekey import function_digest, probe_layers
 from penstock.engine.topology import ChunkCosts, InEdges, count_self_loops
+from penstock.engine.workspace import own_folder
 from penstock.storage.blocks import BlockSums, read_block_sums, sums_name
 from penstock.storage.budget import format_bytes, require_free_disk
 from penstock.storage.errors import DoesNotFit, FormatError
@@ -103,7 +108,7 @@ def count_layers(model: nn.Module) -> int:
 
 
 def single_block(device: torch.device) -> Block:
-    """One node with an edge to itself: enough to learn widths and who uses what."""
+    """One node with an edge to itself: enough to learn who uses what."""
     return Block(
         num_src=1,
         num_dst=1,
@@ -112,18 +117,6 @@ def single_block(device: torch.device) -> Block:
         edge_weights=torch.ones(1, device=device),
         src_degrees=torch.ones(1, dtype=torch.int32, device=device),
     )
-
-
-def layer_widths(model: nn.Module, num_features: int, num_layers: int, device: torch.device) -> list[int]:
-    """Columns of every layer's input, and of the last one's output, found by running one node through."""
-    block, x = single_block(device), torch.linspace(-1, 1, num_features, device=device)[None]
-    if not hasattr(model, "layer_forward"):
-        check_layer_forward(model, [block] * len(model.layers), x)  # type: ignore[arg-type]  # a ModuleList
-    widths = [num_features]
-    for layer in range(num_layers):
-        x = layer_forward(model, layer, block, x)
-        widths.append(x.shape[1])
-    return widths
 
 
 def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, num_nodes: int) -> ChunkCosts:
@@ -244,6 +237,49 @@ class _Pass:
         return torch.from_numpy(decode_rows(rows, self.row_format))
 
 
+def table_key(model: nn.Module, graph: GraphStore, *, device: torch.device, host_memory: int) -> dict[str, Any]:
+    """What the bits of a table depend on, but for its layer and targets.
+
+    The budget is among it: chunks of other sizes may round otherwise.
+    """
+    return {
+        "function": function_digest(model),
+        "graph": graph.fingerprint,
+        "device": device.type,
+        "host_memory": host_memory,
+    }
+
+
+@contextmanager
+def exact_tables(
+    model: nn.Module,
+    graph: GraphStore,
+    parent: Path,
+    *,
+    host_memory: int,
+    threads: int,
+    device: torch.device | str = "cpu",
+    targets: NDArray[Any] | None = None,
+    progress: Progress = silent,
+) -> Iterator[LayerTable]:
+    """`exact_embeddings` in a folder below `parent` that no other process or thread uses, deleted at the end.
+
+    After a kill or an error the next call of the same key continues it; folders that others left are deleted.
+    """
+    key = table_key(model, graph, device=torch.device(device), host_memory=host_memory)
+    with own_folder(parent, str(xxhash.xxh3_64_hexdigest(repr(key).encode()))) as folder:
+        yield exact_embeddings(
+            model,
+            graph,
+            folder,
+            host_memory=host_memory,
+            threads=threads,
+            device=device,
+            targets=targets,
+            progress=progress,
+        )
+
+
 @torch.no_grad()
 def exact_embeddings(
     model: nn.Module,
@@ -260,8 +296,9 @@ def exact_embeddings(
     """Compute the outputs of the first `num_layers` layers (all by default), the last one for `targets` only if given.
 
     See `models.layer_forward` for what the model must have. Memory beyond the model stays within `host_memory`
-    bytes. Tables go to `scratch`; layers finished by an earlier call for the same model, graph and targets are reused.
-    Values are the same for any budget, but for the rounding of matrix products of other sizes.
+    bytes. Tables go to `scratch`, which nobody else may use meanwhile (see `exact_tables`); layers that an earlier call
+    finished are reused where all is equal that their bits depend on. Values are the same for any budget, but for the
+    rounding of matrix products of other sizes.
     Raises DoesNotFit, before a layer is computed, where one node's neighbourhood alone exceeds the budget.
     """
     total = num_layers or count_layers(model)
@@ -288,7 +325,7 @@ def _run_layers(
 ) -> LayerTable:
     scratch.mkdir(parents=True, exist_ok=True)
     ids = None if targets is None else np.unique(targets)
-    widths = layer_widths(model, graph.meta.num_features, total, device)
+    widths, probes = probe_layers(model, graph.meta.num_features, total, device)
     loops = count_self_loops(graph) if _needs_degrees(model) else None
     passes: list[_Pass] = []
     for layer in range(1, total + 1):
@@ -297,12 +334,13 @@ def _run_layers(
         path = scratch / f"layer-{layer}.npy"
         out = LayerTable(path=path, layer=layer, num_rows=num_rows, width=widths[layer], ids=last)
         passes.append(_Pass(model, graph, passes[-1].out if passes else None, out, threads, loops))
-    key = {"model": model_checksum(model), "graph": graph.fingerprint}
-    due = [one for one in passes if not one.is_finished({**key, "targets": _digest(one.out.ids)})]
-    for one in due:
+    common = table_key(model, graph, device=device, host_memory=host_memory)
+    keys = [{**common, "probes": probes[:n], "targets": _digest(one.out.ids)} for n, one in enumerate(passes, 1)]
+    due = [(one, key) for one, key in zip(passes, keys, strict=True) if not one.is_finished(key)]
+    for one, _ in due:
         one.split_budget(host_memory)  # all of them before the first is computed
-    for one in due:
-        one.run({**key, "targets": _digest(one.out.ids)}, host_memory, progress)
+    for one, key in due:
+        one.run(key, host_memory, progress)
     return passes[-1].out
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from penstock.engine.exact import LayerTable, count_layers, exact_embeddings
+from penstock.engine.exact import LayerTable, count_layers, exact_tables
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.models import layer_forward
 from penstock.storage.budget import require_free_disk
@@ -75,11 +75,11 @@ def infer_to_parquet(
     """Write `id, embedding, logits, prediction` for `nodes` (ascending; all by default), exact over all neighbours.
 
     The embedding is the output of layer `embedding_layer` (1 is the first), by default the last but one, or the logits
-    where the model has one layer. Returns the number of rows. Memory, disk and resuming are as for `exact_embeddings`.
+    where the model has one layer. Returns the number of rows. Memory, disk and resuming are as for `exact_tables`.
     """
     layer = _choose_layer(model, embedding_layer)
     nodes = None if nodes is None else np.unique(nodes)
-    logits = exact_embeddings(
+    with exact_tables(
         model,
         graph,
         scratch,
@@ -88,13 +88,12 @@ def infer_to_parquet(
         device=device,
         targets=nodes,
         progress=progress,
-    )
-    embeddings = logits.below(layer)
-    num_rows = graph.num_nodes if nodes is None else len(nodes)
-    require_free_disk(out.parent, num_rows * 4 * (embeddings.width + logits.width), f"the node table {out.name}")
-    return _write(
-        graph, out, (embeddings.width, logits.width), _table_parts(embeddings, logits, nodes, graph.num_nodes)
-    )
+    ) as logits:
+        embeddings = logits.below(layer)
+        num_rows = graph.num_nodes if nodes is None else len(nodes)
+        require_free_disk(out.parent, num_rows * 4 * (embeddings.width + logits.width), f"the node table {out.name}")
+        parts = _table_parts(embeddings, logits, nodes, graph.num_nodes)
+        return _write(graph, out, (embeddings.width, logits.width), parts)
 
 
 @torch.no_grad()

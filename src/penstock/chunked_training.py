@@ -67,7 +67,7 @@ def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
         model,
         run.graph,
         run.splits_with_nodes,
-        run.path / "exact",
+        run.path / "exact" / "train",
         host_memory=run.budgets.host_bytes,
         threads=run.threads,
         device=run.config.train.device,

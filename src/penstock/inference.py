@@ -14,6 +14,11 @@ from penstock.storage.graph import Split, open_graph
 from penstock.storage.progress import Progress, silent
 
 
+def _default_memory() -> int:
+    """A power of two, at most half of what is free: mostly the same at the next call, which then continues this one."""
+    return 1 << ((available_memory() // 2).bit_length() - 1)
+
+
 def infer(
     run_dir: Path | str,
     out: Path | str,
@@ -28,8 +33,9 @@ def infer(
     """Write `id, embedding, logits, prediction` of a split's nodes, exact over all neighbours; returns a summary.
 
     Run, file and dataset may be URIs: what is read is copied to `stage_dir` first, the file is uploaded at the end.
-    Layer tables are kept in `run_dir/exact` until the file is there, so that a killed inference continues. DataError
-    where the run has no model, or the graph has other features than the model was trained on.
+    Layer tables are kept in a folder of this call in `run_dir/exact` until the file is there; the same command
+    continues a killed one, with the same host memory. DataError where the run has no model, or the graph has other
+    features than the model was trained on.
     """
     run_dir, _ = local_run(run_dir, stage_dir)
     if not (run_dir / "model" / "model.json").is_file():
@@ -48,8 +54,8 @@ def infer(
             trained.model,
             graph,
             path,
-            run_dir / "exact",
-            host_memory=available_memory() // 2 if host_memory is None else host_memory,
+            run_dir / "exact" / "infer",
+            host_memory=_default_memory() if host_memory is None else host_memory,
             threads=threads or num_threads(),
             nodes=None if split == "all" else graph.split_ids(split),
             progress=progress,

@@ -132,7 +132,7 @@ class ReplicaWorkers:
                 self._model,
                 run.graph,
                 splits,
-                run.path / "exact",
+                run.path / "exact" / "train",
                 host_memory=run.evaluation_bytes,
                 threads=run.threads,
                 device="cpu",

@@ -53,7 +53,7 @@ class Evaluation:
             model,
             run.graph,
             splits,
-            run.path / "exact",
+            run.path / "exact" / "train",
             host_memory=run.evaluation_bytes,
             threads=run.threads,
             device=run.config.train.device,
