@@ -1,53 +1,53 @@
 """How far a packing pass is, so that a killed one goes on: one small file, replaced atomically.
 
-Layout: int64 length of the JSON, the JSON, then one page per stream with the bytes after its last whole page. What the
-journal says is on disk was synced before it was written.
+Layout: int64 length of the JSON, the JSON, then `StreamStates`, one record per stream. The bytes of a stream lie in its
+window's file, the last page padded with zeros; they are synced before the journal says that they are there.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.sampler.row_source import Tally
-from penstock.storage.directio import PAGE
+from penstock.storage.directio import PAGE, page_up
 from penstock.storage.manifest import write_atomic
 
 NAME = "packing.journal"
+StreamStates = NDArray[Any]  # of STATE; tells of each stream what was appended and what conversion changed in it
+STATE = np.dtype([("position", "<i8"), ("xxh3", "<u8"), ("largest", "<f8"), ("total", "<f8")])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """State of a pass over `windows` (of the plan with this digest) in parts of `part_rows`.
+    """State of a pass over `windows` (of the plan with this digest) whose shared segments have buckets of so many rows.
 
-    `buckets_done` counts sorted buckets of shared segments, -1 while parts are still being scanned. `tallies` tell
-    what conversion changed so far, per gathering thread.
+    All rows of the feature table below `rows_done` are appended. `buckets_done` counts sorted buckets of shared
+    segments, -1 while the table is still being scanned. Buffers may have any size, also another than before a kill.
     """
 
     plan: str
     windows: tuple[int, ...]
-    part_rows: int
     bucket_rows: int
-    parts_done: int = 0
+    rows_done: int = 0
     buckets_done: int = -1
-    tallies: tuple[Tally, ...] = ()
-
-    def same_pass(self, other: "Journal") -> bool:
-        """Whether both speak of the same pass."""
-        blank = {"parts_done": 0, "buckets_done": -1, "tallies": ()}
-        return asdict(self) | blank == asdict(other) | blank
 
 
-def write_journal(folder: Path, journal: Journal, tails: NDArray[np.uint8]) -> None:
+def journal_bytes(num_streams: int) -> int:
+    """Disk that a journal takes, twice, as it is replaced."""
+    return 2 * page_up(PAGE + STATE.itemsize * num_streams)
+
+
+def write_journal(folder: Path, journal: Journal, states: StreamStates) -> None:
     """Replace the journal; the files it speaks of must be synced."""
     text = json.dumps(asdict(journal)).encode()
-    write_atomic(folder / NAME, np.int64(len(text)).tobytes() + text + tails.tobytes())
+    write_atomic(folder / NAME, np.int64(len(text)).tobytes() + text + states.tobytes())
 
 
-def read_journal(folder: Path) -> tuple[Journal, NDArray[np.uint8]] | None:
-    """The journal and the tails [S, PAGE], or None where there is none or it is damaged."""
+def read_journal(folder: Path) -> tuple[Journal, StreamStates] | None:
+    """The journal and the states [S], or None where there is none, or none that this release wrote whole."""
     try:
         data = (folder / NAME).read_bytes()
     except FileNotFoundError:
@@ -55,9 +55,8 @@ def read_journal(folder: Path) -> tuple[Journal, NDArray[np.uint8]] | None:
     try:
         end = 8 + int(np.frombuffer(data, "<i8", 1)[0])
         value = json.loads(data[8:end])
-        tallies = tuple((float(most), float(total), int(rows)) for most, total, rows in value["tallies"])
-        journal = Journal(**{**value, "windows": tuple(value["windows"]), "tallies": tallies})
-        return journal, np.frombuffer(data, np.uint8, offset=end).reshape(-1, PAGE)
+        journal = Journal(**{**value, "windows": tuple(value["windows"])})
+        return journal, np.frombuffer(data, STATE, offset=end).copy()
     except (ValueError, TypeError, KeyError):
         return None
 

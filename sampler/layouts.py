@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from penstock.sampler.estimate import DiskRates, Layout, sequential_s
+from penstock.sampler.journal import journal_bytes
 from penstock.sampler.recording import PlanArrays, Recording
 from penstock.sampler.shared_segment import share_rows, shared_pack_bytes
 from penstock.storage.blocks import BLOCK_BYTES
@@ -89,7 +90,7 @@ def _private(recording: Recording, terms: Terms) -> Choice:
 
 
 def _disk_bytes(recording: Recording, terms: Terms, pack_bytes: int, windows: int) -> int:
-    packing = pack_bytes + _residents_bytes(terms, windows) + PAGE * len(recording.heads)  # a journal of tails
+    packing = pack_bytes + _residents_bytes(terms, windows) + journal_bytes(len(recording.heads))
     return recording.arrays.num_bytes + max(terms.planning_bytes, packing)
 
 
@@ -135,7 +136,10 @@ def _share(recording: Recording, terms: Terms, merged: int) -> Choice:
         segment_rows=shared.segment_rows,
         window_items=window_items,
         pack_bytes=pack_bytes,
-        disk_bytes=shared.arrays.num_bytes + pack_bytes + _residents_bytes(terms, windows) + PAGE * len(shared.heads),
+        disk_bytes=shared.arrays.num_bytes
+        + pack_bytes
+        + _residents_bytes(terms, windows)
+        + journal_bytes(len(shared.heads)),
         read_bytes=shared.read_bytes,
         max_extent_bytes=shared.max_extent_bytes,
         scan_bytes=scan_bytes,

@@ -4,9 +4,10 @@ The order of events makes it safe to be killed anywhere: files are reserved, ite
 journal is written after their sync, shared segments are sorted, files are renamed, and each window's index comes last.
 """
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,12 +18,12 @@ from numpy.typing import NDArray
 
 from penstock.kernels.parallel import parallel_for
 from penstock.sampler.accesses import Accesses
-from penstock.sampler.journal import Journal, delete_journal, read_journal, write_journal
+from penstock.sampler.journal import STATE, Journal, StreamStates, delete_journal, write_journal
 from penstock.sampler.part_reader import Part, PartReader
-from penstock.sampler.pass_layout import GATHERERS, PassLayout, PassMemory, lay_out, part_bounds
+from penstock.sampler.pass_layout import GATHERERS, PassLayout, PassMemory, lay_out
 from penstock.sampler.plan import Plan
 from penstock.sampler.recording import PlanArrays
-from penstock.sampler.row_source import RowSource, Tally, write_row_error
+from penstock.sampler.row_source import RowSource, write_row_error
 from penstock.sampler.segment_order import bucket_order, segment_digest, sort_buckets
 from penstock.sampler.streams import StreamWriter
 from penstock.storage.directio import PAGE, DirectFile
@@ -34,6 +35,10 @@ from penstock.storage.progress import Progress
 from penstock.storage.trace import window_name
 
 CHECKPOINT_S = 10.0
+
+
+class Stale(Exception):
+    """What a killed pass left cannot be gone on with; the message says why. Nothing was written."""
 
 
 class PackingPass:
@@ -54,9 +59,9 @@ class PackingPass:
         self.plan, self.accesses, self.out, self.memory = plan, accesses, out, memory
         self.arrays: PlanArrays = plan.arrays
         self.layout: PassLayout = lay_out(plan, windows, memory.bucket_rows)
-        self.journal = Journal(
-            plan=plan.digest, windows=tuple(windows), part_rows=memory.part_rows, bucket_rows=memory.bucket_rows
-        )
+        self.journal = Journal(plan=plan.digest, windows=tuple(windows), bucket_rows=memory.bucket_rows)
+        self.errors = np.zeros((len(self.layout.regions), 2))  # of each stream, see `RowSource.copy`
+        self._next_ids = np.zeros(len(self.layout.regions), np.int64)  # none of a stream's that are left is smaller
         self.sources = [RowSource(plan.stored, plan.meta.row_format, self._chunk_rows) for _ in range(GATHERERS)]
         self._progress, self._checkpoint_s = progress, checkpoint_s
 
@@ -64,27 +69,24 @@ class PackingPass:
     def _chunk_rows(self) -> int:
         return max(1, (self.memory.stage_bytes - PAGE) // self.plan.meta.row_format.row_bytes)
 
-    def run(self) -> None:
-        """Pack, or go on where a killed run with the same plan and memory was. DoesNotFit where the disk is full."""
+    def run(self, begun: tuple[Journal, StreamStates] | None = None) -> None:
+        """Pack, or go on where a killed run `begun` was. DoesNotFit where the disk is full, Stale where it cannot."""
         with ExitStack() as stack:
-            found = read_journal(self.out)
-            resumed = found is not None and found[0].same_pass(self.journal) and self._files_exist()
-            files = self._open_files(stack, fresh=not resumed)
+            files = self._open_files(stack, fresh=begun is None)
             reader = stack.enter_context(
                 PartReader(self.plan.table, self.memory.part_rows, self.arrays.needed, self.memory.buffer_bytes)
             )
             writer = stack.enter_context(StreamWriter(self.layout.regions, files, self.memory.stage_bytes))
-            bounds = self._bounds(reader.starts())
-            if resumed and found is not None:
-                self._resume(writer, bounds, reader.buffers[0], *found)
+            if begun is not None:
+                self._resume(writer, reader.buffers[0], *begun)
             else:
                 self._write_prefixes(writer, reader.buffers[0])
-            self._scan(reader, writer, bounds)
-            self._finish(writer)
+            self._scan(reader, writer)
+            writer.finish()
             if any(self.layout.shared_bytes.values()):
                 self._sort_segments(files, writer, reader.buffers)
             if self.sources[0].lossy:
-                write_row_error(self.out, self.plan.first_window + self.layout.windows[0], self._tallies())
+                write_row_error(self.out, self._window_errors())
             self._publish(files, writer, reader.buffers[0])
 
     def _path(self, window: int) -> Path:
@@ -93,18 +95,16 @@ class PackingPass:
         partial = final.with_name(final.name + ".partial")
         return final if final.exists() and not partial.exists() else partial
 
-    def _files_exist(self) -> bool:
-        return all(self._path(window).exists() for window in self.layout.windows)
-
     def _open_files(self, stack: ExitStack, *, fresh: bool) -> dict[int, DirectFile]:
         """Open all files and reserve their space before any work; a fresh pass that does not fit leaves none behind."""
-        if fresh:
-            delete_journal(self.out)
-            for leftover in [*self.out.glob("window-*.pack.partial"), *self.out.glob("bucket-*")]:
-                leftover.unlink()
+        for window in () if fresh else self.layout.windows:
+            path = self._path(window)
+            if not path.exists() or path.stat().st_size != self.layout.file_bytes[window]:
+                raise Stale(f"{path} is missing or has another size")
         files: dict[int, DirectFile] = {}
         try:
             for window in self.layout.windows:
+                assert not fresh or not has_window(self.out, self.plan.first_window + window), "it would be spoilt"
                 files[window] = stack.enter_context(DirectFile(self._path(window), "write"))
                 if fresh:
                     files[window].truncate(0)
@@ -115,35 +115,18 @@ class PackingPass:
             raise
         return files
 
-    def _ids(self, stream: int, lo: int, hi: int | None) -> NDArray[np.int64]:
-        region = self.layout.regions[stream]
-        if region.item >= 0:
-            ids: NDArray[np.int64] = self.arrays.missing.get(region.item, lo, hi)
-            return ids
-        assert self.arrays.shared is not None
-        return bucket_order(self.arrays.shared, region)[0][lo:hi]
-
-    def _bounds(self, starts: NDArray[np.int64]) -> NDArray[np.int32]:
-        bounds = np.empty((len(self.layout.regions), len(starts)), np.int32)
-        for stream in range(len(bounds)):
-            bounds[stream] = part_bounds(self._ids(stream, 0, None), starts)
-        return bounds
-
-    def _resume(
-        self,
-        writer: StreamWriter,
-        bounds: NDArray[np.int32],
-        buffer: NDArray[np.uint8],
-        journal: Journal,
-        tails: NDArray[np.uint8],
-    ) -> None:
+    def _resume(self, writer: StreamWriter, buffer: NDArray[np.uint8], journal: Journal, states: StreamStates) -> None:
+        """Take streams up where they were, after a look at all bytes that are there."""
         self.journal = journal
-        for source, tally in zip(self.sources, journal.tallies, strict=True):
-            source.tally = tally
-        row_bytes = self.plan.meta.row_format.row_bytes
+        buckets = 0
         for stream, region in enumerate(self.layout.regions):
-            position = region.prefix_bytes + int(bounds[stream, journal.parts_done]) * row_bytes
-            writer.resume(stream, position, tails[stream], buffer)
+            found = writer.resume(stream, int(states["position"][stream]), buffer)
+            is_bucket = region.item < 0
+            # A bucket's bytes are in another order once they are sorted, and in none while they are being replaced.
+            if not (is_bucket and buckets <= journal.buckets_done) and found != int(states["xxh3"][stream]):
+                raise Stale(f"{self._path(region.window)} was damaged at byte {region.offset} or behind it")
+            buckets += is_bucket
+        self.errors[:, 0], self.errors[:, 1] = states["largest"], states["total"]
 
     def _write_prefixes(self, writer: StreamWriter, buffer: NDArray[np.uint8]) -> None:
         """Everything of the extents but rows: head, payload, source, admissions, runs of the shared segment."""
@@ -171,59 +154,73 @@ class PackingPass:
             data = values.get(item).view(np.uint8)
             out[offset : offset + len(data)] = data
 
-    def _scan(self, reader: PartReader, writer: StreamWriter, bounds: NDArray[np.int32]) -> None:
+    def _scan(self, reader: PartReader, writer: StreamWriter) -> None:
         """Append every part's runs to the streams; checkpoint now and then, and at the end."""
         saved, total = time.monotonic(), self.layout.total_bytes
-        if self.journal.parts_done == 0:
+        if self.journal.rows_done == 0:
             self._checkpoint(writer, 0)
-        for part in reader.parts(self.journal.parts_done):
-            last = part.number == reader.num_parts - 1
-            gather = partial(self._append_runs, writer, part, bounds)
+        for part in reader.parts(self.journal.rows_done):
+            gather = partial(self._append_runs, writer, part)
             parallel_for(gather, GATHERERS, GATHERERS)
             self._progress("pack", min(total, int(writer.positions.sum())), total, "bytes")
-            if last or time.monotonic() - saved >= self._checkpoint_s:
-                self._checkpoint(writer, part.number + 1)
+            if part.hi == self.plan.table.num_rows or time.monotonic() - saved >= self._checkpoint_s:
+                self._checkpoint(writer, part.hi)
                 saved = time.monotonic()
 
-    def _append_runs(self, writer: StreamWriter, part: Part, bounds: NDArray[np.int32], lo: int, hi: int) -> None:
-        """What threads lo..hi-1 do; every stream has its thread, so that tallies do not depend on timing."""
-        for gatherer in range(lo, hi):
-            for stream in range(gatherer, len(self.layout.regions), GATHERERS):
-                first, past = int(bounds[stream, part.number]), int(bounds[stream, part.number + 1])
-                if past > first:
-                    self._append_run(writer, stream, part, self._ids(stream, first, past), self.sources[gatherer])
-
-    def _append_run(
-        self, writer: StreamWriter, stream: int, part: Part, ids: NDArray[np.int64], source: RowSource
-    ) -> None:
+    def _append_runs(self, writer: StreamWriter, part: Part, lo: int, hi: int) -> None:
+        """What threads lo..hi-1 do; a stream stays with its thread."""
         row_bytes = self.plan.meta.row_format.row_bytes
-        for lo in range(0, len(ids), self._chunk_rows):
-            chunk = ids[lo : lo + self._chunk_rows]
-            stage, at = writer.begin(stream)
-            num_bytes = len(chunk) * row_bytes
-            source.copy(part, chunk, stage[at : at + num_bytes])
-            writer.append(stream, stage, num_bytes)
+        for gatherer in range(lo, hi):
+            source = self.sources[gatherer]
+            for stream in range(gatherer, len(self.layout.regions), GATHERERS):
+                for ids in self._ids_below(stream, writer, part.hi):
+                    stage, at = writer.begin(stream)
+                    num_bytes = len(ids) * row_bytes
+                    source.copy(part, ids, stage[at : at + num_bytes], self.errors[stream])
+                    writer.append(stream, stage, num_bytes)
 
-    def _checkpoint(self, writer: StreamWriter, parts_done: int, buckets_done: int = -1) -> None:
+    def _ids_below(self, stream: int, writer: StreamWriter, end: int) -> Iterator[NDArray[np.int64]]:
+        """The next ids of a stream that are below `end`, a staging buffer's worth at a time."""
+        region, bucket = self.layout.regions[stream], None
+        row = (int(writer.positions[stream]) - region.prefix_bytes) // self.plan.meta.row_format.row_bytes
+        while row < region.num_rows and self._next_ids[stream] < end:
+            past = min(row + self._chunk_rows, region.num_rows)
+            if region.item >= 0:
+                ids = self.arrays.missing.get(region.item, row, past)
+            else:
+                assert self.arrays.shared is not None
+                bucket = bucket_order(self.arrays.shared, region)[0] if bucket is None else bucket
+                ids = bucket[row:past]
+            count = int(np.searchsorted(ids, end))
+            if count:
+                yield ids[:count]
+                row += count
+            if count < len(ids):
+                self._next_ids[stream] = ids[count]
+
+    def _checkpoint(self, writer: StreamWriter, rows_done: int, buckets_done: int = -1) -> None:
         writer.sync()
-        self.journal = replace(self.journal, parts_done=parts_done, buckets_done=buckets_done, tallies=self._tallies())
-        write_journal(self.out, self.journal, writer.tails)
+        self.journal = replace(self.journal, rows_done=rows_done, buckets_done=buckets_done)
+        states = np.empty(len(self.layout.regions), STATE)
+        states["position"], states["xxh3"] = writer.positions, [digest.intdigest() for digest in writer.digests]
+        states["largest"], states["total"] = self.errors.T
+        write_journal(self.out, self.journal, states)
 
-    def _tallies(self) -> tuple[Tally, ...]:
-        return tuple(source.tally for source in self.sources)
-
-    def _finish(self, writer: StreamWriter) -> None:
-        """Write the last page of every stream; not of buckets that are sorted already, which would spoil them."""
-        for stream, region in enumerate(self.layout.regions):
-            if region.item >= 0 or self.journal.buckets_done < 0:
-                writer.finish(stream)
-        writer.sync()
+    def _window_errors(self) -> dict[int, tuple[float, float, int]]:
+        """Per window what conversion changed, in an order that depends on neither memory nor kills."""
+        found = {}
+        for window in self.layout.windows:
+            streams = [n for n, region in enumerate(self.layout.regions) if region.window == window]
+            rows = sum(self.layout.regions[n].num_rows for n in streams)
+            largest, total = float(self.errors[streams, 0].max()), math.fsum(self.errors[streams, 1])
+            found[self.plan.first_window + window] = (largest, total, rows)
+        return found
 
     def _sort_segments(
         self, files: dict[int, DirectFile], writer: StreamWriter, buffers: tuple[NDArray[np.uint8], NDArray[np.uint8]]
     ) -> None:
-        parts = self.journal.parts_done
-        self._checkpoint(writer, parts, max(0, self.journal.buckets_done))
+        rows_done = self.journal.rows_done
+        self._checkpoint(writer, rows_done, max(0, self.journal.buckets_done))
         sort_buckets(
             self.plan,
             [region for region in self.layout.regions if region.item < 0],
@@ -231,7 +228,7 @@ class PackingPass:
             self.out,
             buffers,
             done=self.journal.buckets_done,
-            on_done=lambda done: self._checkpoint(writer, parts, done),
+            on_done=lambda done: self._checkpoint(writer, rows_done, done),
         )
 
     def _publish(self, files: dict[int, DirectFile], writer: StreamWriter, buffer: NDArray[np.uint8]) -> None:

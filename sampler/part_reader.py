@@ -22,7 +22,6 @@ from penstock.storage.directio import DirectFile, aligned_buffer, page_up
 class Part:
     """Rows lo..hi-1 of the table in a buffer; row lo starts at `data[0]`. Blocks nobody needs hold old bytes."""
 
-    number: int
     lo: int
     hi: int
     data: NDArray[np.uint8]
@@ -39,7 +38,6 @@ class PartReader:
 
     def __init__(self, table: Table, part_rows: int, needed: NDArray[np.uint8], buffer_bytes: int) -> None:
         self.table, self.part_rows, self._needed = table, part_rows, needed
-        self.num_parts = -(-table.num_rows // part_rows)
         self.buffers = (aligned_buffer(buffer_bytes), aligned_buffer(buffer_bytes))
         self._file = DirectFile(table.path, "read")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
@@ -52,21 +50,16 @@ class PartReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._file.close()
 
-    def starts(self) -> NDArray[np.int64]:
-        """First row of every part, and the number of rows."""
-        return np.minimum(np.arange(self.num_parts + 1, dtype=np.int64) * self.part_rows, self.table.num_rows)
-
-    def parts(self, first: int) -> Iterator[Part]:
-        """Parts from number `first` on; an error of the reading thread is raised here."""
+    def parts(self, first_row: int) -> Iterator[Part]:
+        """Parts from a row on; an error of the reading thread is raised here."""
         coming: Future[Part] | None = None
-        for number in range(first, self.num_parts):
-            part = (coming or self._pool.submit(self._read, number)).result()
-            coming = self._pool.submit(self._read, number + 1) if number + 1 < self.num_parts else None
+        for number, lo in enumerate(range(first_row, self.table.num_rows, self.part_rows)):
+            part = (coming or self._pool.submit(self._read, lo, number)).result()
+            coming = self._pool.submit(self._read, part.hi, number + 1) if part.hi < self.table.num_rows else None
             yield part
 
-    def _read(self, number: int) -> Part:
-        table, buffer = self.table, self.buffers[number % 2]
-        lo, hi = (int(n) for n in self.starts()[number : number + 2])
+    def _read(self, lo: int, number: int) -> Part:
+        table, buffer, hi = self.table, self.buffers[number % 2], min(lo + self.part_rows, self.table.num_rows)
         first, past = lo * table.row_bytes // BLOCK_BYTES, block_up(hi * table.row_bytes) // BLOCK_BYTES
         for run in _runs(first + np.flatnonzero(self._needed[first:past])):
             start, stop = int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, table.num_bytes)
@@ -76,7 +69,7 @@ class PartReader:
             if table.sums is not None:
                 table.sums.verify(start, data[: stop - start])
         at = lo * table.row_bytes
-        return Part(number=number, lo=lo, hi=hi, data=buffer[at - block_down(at) :])
+        return Part(lo=lo, hi=hi, data=buffer[at - block_down(at) :])
 
 
 def _runs(blocks: NDArray[np.int64]) -> list[NDArray[Any]]:

@@ -9,19 +9,16 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from penstock.sampler.part_reader import part_buffer_bytes
 from penstock.sampler.plan import Plan
-from penstock.sampler.shared_segment import windows_of
 from penstock.sampler.streams import NUM_STAGES, Region, stage_for
 from penstock.storage.blocks import BLOCK_BYTES, block_down
 from penstock.storage.budget import GIB, KIB, MIB, format_bytes
 from penstock.storage.directio import PAGE, page_down, page_up
 from penstock.storage.errors import DoesNotFit
 
-_STREAM_BYTES = 2 * PAGE  # per stream: its tail, digest and bounds, and the tail again while a journal is written
+_STREAM_BYTES = PAGE + 2048  # per stream: its tail, its digest's state, its region and its state for the journal
+_ID_BYTES = 24  # per row of a bucket: its id, its place, and its id again while they are sorted
 GATHERERS = 2  # threads that copy rows; fixed, so that nothing depends on the machine
 _SMALLEST_PART = 16 * MIB  # below it, tables are not cut for the sake of overlap
 
@@ -51,13 +48,43 @@ class PassMemory:
     bucket_rows: int
 
 
-def plan_windows(plan: Plan) -> list[range]:
-    """The items of every window of a plan, both numbered from its first."""
-    return windows_of(len(plan.heads), plan.meta.window_items)
+def window_items(plan: Plan, window: int) -> range:
+    """The items of a window of a plan, both numbered from its first."""
+    first = window * plan.meta.window_items
+    return range(first, min(first + plan.meta.window_items, len(plan.heads)))
+
+
+def fit_memory(plan: Plan, windows: Sequence[int], host_memory: int) -> PassMemory:
+    """Size the buffers of a pass over these windows; DoesNotFit names a --host-memory that does."""
+    enough = host_memory
+    while True:
+        try:
+            memory = _fit(plan, windows, enough)
+        except DoesNotFit as error:
+            assert error.host_bytes is not None and error.host_bytes > enough
+            enough = error.host_bytes
+            continue
+        if enough == host_memory:
+            return memory
+        raise DoesNotFit(
+            f"packing needs --host-memory {enough} or more for its buffers ({format_bytes(enough)}), it got "
+            f"{format_bytes(host_memory)}",
+            host_bytes=enough,
+        )
+
+
+def _fit(plan: Plan, windows: Sequence[int], host_memory: int) -> PassMemory:
+    num_streams = len(lay_out(plan, windows, 1 << 62).regions)
+    while True:
+        memory = split_memory(plan, num_streams, host_memory)
+        found = len(lay_out(plan, windows, memory.bucket_rows or 1 << 62).regions)
+        if found <= num_streams:
+            return memory
+        num_streams = found  # buckets are streams too, and there are more of them where buffers are small
 
 
 def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
-    """Give each buffer its share; DoesNotFit, naming the smallest --host-memory, where they cannot work."""
+    """Give each buffer its share; DoesNotFit with what would do for so many streams where they cannot work."""
     table, row_bytes = plan.table, plan.meta.row_format.row_bytes
     widest = max(table.row_bytes, row_bytes)
     stage = stage_for(widest, min(4 * MIB, max(64 * KIB, page_down(host_memory // 32))))
@@ -65,15 +92,21 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
     unit_bytes = math.lcm(row_bytes, PAGE) if any(plan.segment_rows) else 0
     prefix = page_up(max(head.rows_offset for head in plan.heads))
     least = max(part_buffer_bytes(table, 1), prefix, unit_bytes)
-    fixed = num_streams * _STREAM_BYTES + NUM_STAGES * stage + convert
-    if fixed + 2 * least > host_memory:
+    chunk = GATHERERS * (-(-stage // row_bytes) * _ID_BYTES + 8 * plan.stored.width)
+    fixed = num_streams * _STREAM_BYTES + NUM_STAGES * stage + convert + chunk
+    per_byte = 1 + _ID_BYTES / row_bytes if unit_bytes else 1.0  # both gatherers may order a bucket that fills a buffer
+    smallest = fixed + math.ceil(2 * per_byte * least)
+    if smallest > host_memory:
         raise DoesNotFit(
-            f"packing needs --host-memory {fixed + 2 * least} or more for its buffers "
-            f"({format_bytes(fixed + 2 * least)}), it got {format_bytes(host_memory)}"
+            f"packing needs --host-memory {smallest} or more for its buffers "
+            f"({format_bytes(smallest)}), it got {format_bytes(host_memory)}",
+            host_bytes=smallest,
         )
-    room = (host_memory - fixed) // 2
+    room = int((host_memory - fixed) / 2 / per_byte)
     wanted = min(room, GIB, max(_SMALLEST_PART, table.num_bytes // 12))
-    part_rows = min(table.num_rows, max(1, (block_down(wanted) - BLOCK_BYTES) // table.row_bytes))
+    whole = table.num_bytes <= wanted  # else a part may begin and end within a block
+    part_rows = table.num_rows if whole else max(1, (block_down(wanted) - BLOCK_BYTES) // table.row_bytes)
+    part_rows = min(table.num_rows, part_rows)
     buffer_bytes = max(part_buffer_bytes(table, part_rows), least)
     bucket_rows = buffer_bytes // unit_bytes * (unit_bytes // row_bytes) if unit_bytes else 0
     return PassMemory(part_rows=int(part_rows), buffer_bytes=buffer_bytes, stage_bytes=stage, bucket_rows=bucket_rows)
@@ -81,7 +114,7 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
 
 def lay_out(plan: Plan, windows: Sequence[int], bucket_rows: int) -> PassLayout:
     """Place segments and extents of these windows in their files."""
-    row_bytes, all_windows = plan.meta.row_format.row_bytes, plan_windows(plan)
+    row_bytes = plan.meta.row_format.row_bytes
     regions: list[Region] = []
     file_bytes, shared_bytes = {}, {}
     for window in windows:
@@ -92,7 +125,7 @@ def lay_out(plan: Plan, windows: Sequence[int], bucket_rows: int) -> PassLayout:
                 Region(window=window, offset=first * row_bytes, prefix_bytes=0, num_rows=rows, item=-1, first_row=first)
             )
         offset = shared_bytes[window] = page_up(num_shared * row_bytes)
-        for item in all_windows[window]:
+        for item in window_items(plan, window):
             head = plan.heads[item]
             regions.append(
                 Region(
@@ -110,22 +143,36 @@ def lay_out(plan: Plan, windows: Sequence[int], bucket_rows: int) -> PassLayout:
 
 
 def split_passes(plan: Plan, windows: Sequence[int], host_memory: int) -> list[list[int]]:
-    """Group windows into passes: as many as file handles and a sixteenth of memory for their streams allow."""
+    """Group windows into passes: as many as file handles and a sixteenth of memory for their streams allow.
+
+    DoesNotFit where a single window needs more memory, before any is packed.
+    """
     handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most_files = max(1, min(1024, handles // 2 if handles > 0 else 1024))
     most_items = max(1, host_memory // 16 // _STREAM_BYTES)
     passes: list[list[int]] = []
     items = 0
     for window in windows:
-        count = len(plan_windows(plan)[window])
+        count = len(window_items(plan, window))
         if not passes or len(passes[-1]) >= most_files or items + count > most_items:
             passes.append([])
             items = 0
         passes[-1].append(window)
         items += count
-    return passes
+    fitting = [part for group in passes for part in _parts(plan, group, host_memory)]
+    if lacking := [error for part in fitting if (error := _misfit(plan, part, host_memory)) is not None]:
+        raise max(lacking, key=lambda error: error.host_bytes or 0)
+    return fitting
 
 
-def part_bounds(ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Where each part's run of a stream's ascending ids begins, int32 [parts + 1]."""
-    return np.searchsorted(ids, starts).astype(np.int32)
+def _parts(plan: Plan, group: list[int], host_memory: int) -> list[list[int]]:
+    """A group as one pass, or each of its windows as one where memory is too small for their streams together."""
+    return [group] if _misfit(plan, group, host_memory) is None else [[window] for window in group]
+
+
+def _misfit(plan: Plan, windows: list[int], host_memory: int) -> DoesNotFit | None:
+    try:
+        fit_memory(plan, windows, host_memory)
+    except DoesNotFit as error:
+        return error
+    return None

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.sampler.accesses import Accesses
+from penstock.sampler.journal import journal_bytes
 from penstock.sampler.layouts import rolling_fixed_bytes, rolling_item_bytes
 from penstock.sampler.lookahead import RollingPlanner
 from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
@@ -325,7 +326,7 @@ def used_bytes(folder: Path) -> int:
 
 def _wait_for_room(rolling: Rolling, out: Path, pack_bytes: int, wait: Callable[[], None]) -> None:
     slots, items = rolling.meta.device_slots + rolling.meta.host_slots, rolling.meta.window_items
-    needed = pack_bytes + 8 * slots + PAGE * (items + 4)  # residents, journal, indexes
+    needed = pack_bytes + 8 * slots + journal_bytes(items) + 4 * PAGE  # residents, indexes
     while (used := used_bytes(out)) + needed > rolling.disk_bytes:
         if not any(out.glob("window-*.pack")):  # nothing that the trainer could free
             raise DoesNotFit(

@@ -1,7 +1,7 @@
 """Rows of the feature table as packs want them: gathered from a part, and re-encoded where the formats differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,12 @@ class RowError:
 _ERROR_FILE = "row_error.json"
 
 
-Tally = tuple[float, float, int]  # largest and sum of all differences, and rows
-
-
-def write_row_error(folder: Path, first_window: int, tallies: Sequence[Tally]) -> None:
-    """Record what the pass that begins with this window changed; a repeated pass replaces its record."""
+def write_row_error(folder: Path, windows: Mapping[int, tuple[float, float, int]]) -> None:
+    """Record per window the largest and the sum of all differences, and the rows; other windows' records stay."""
     path = folder / _ERROR_FILE
-    passes = read_json(path) if path.exists() else {}
-    largest, totals, rows = zip(*tallies, strict=True)
-    passes[str(first_window)] = {"max": max(largest), "sum": sum(totals), "rows": sum(rows)}
-    write_json(path, passes)
+    found = read_json(path) if path.exists() else {}
+    found |= {str(n): {"max": largest, "sum": total, "rows": rows} for n, (largest, total, rows) in windows.items()}
+    write_json(path, found)
 
 
 def read_row_error(folder: Path) -> RowError | None:
@@ -48,13 +44,13 @@ def read_row_error(folder: Path) -> RowError | None:
     path = folder / _ERROR_FILE
     if not path.exists():
         return None
-    passes = list(read_json(path).values())
-    values = sum(entry["rows"] for entry in passes) * open_packset(folder).width
+    windows = list(read_json(path).values())
+    values = sum(entry["rows"] for entry in windows) * open_packset(folder).width
     if values == 0:
         return None
     return RowError(
-        max_abs=max(entry["max"] for entry in passes),
-        mean_abs=sum(entry["sum"] for entry in passes) / values,
+        max_abs=max(entry["max"] for entry in windows),
+        mean_abs=sum(entry["sum"] for entry in windows) / values,
     )
 
 
@@ -63,29 +59,19 @@ class RowSource:
 
     def __init__(self, stored: RowFormat, packed: RowFormat, chunk_rows: int) -> None:
         self.stored, self.packed = stored, packed
-        self.rows = 0
-        self._error = np.zeros(2)
         converts = stored != packed
         self._gathered = np.empty((chunk_rows if converts else 0, stored.row_bytes), np.uint8)
         self._scratch = np.empty((2, stored.width), np.float32)
-
-    @property
-    def tally(self) -> Tally:
-        """What was changed so far."""
-        return float(self._error[0]), float(self._error[1]), self.rows
-
-    @tally.setter
-    def tally(self, value: Tally) -> None:
-        self._error[:], self.rows = value[:2], value[2]
 
     @property
     def lossy(self) -> bool:
         """Whether packed rows may differ from stored ones."""
         return self.stored != self.packed
 
-    def copy(self, part: Part, ids: NDArray[Any], out: NDArray[np.uint8]) -> None:
+    def copy(self, part: Part, ids: NDArray[Any], out: NDArray[np.uint8], error: NDArray[np.float64]) -> None:
         """Put rows `ids`, ascending and within the part, into `out`, their bytes laid end to end.
 
+        Raises `error` float64 [2] to the largest absolute difference, and adds all of them to its second value.
         DataError where a value exceeds float16.
         """
         if not self.lossy:
@@ -95,14 +81,13 @@ class RowSource:
         _gather(part, ids, self.stored.row_bytes, rows.reshape(-1))
         codes = [ROW_DTYPES.index(f.dtype) for f in (self.stored, self.packed)]
         target = out.reshape(len(ids), self.packed.row_bytes)
-        done = convert_rows(rows, codes[0], target, codes[1], self.stored.width, self._scratch, self._error)
+        done = convert_rows(rows, codes[0], target, codes[1], self.stored.width, self._scratch, error)
         if done < len(ids):
             worst = float(np.abs(self._scratch[0]).max())
             raise DataError(
                 f"node {int(ids[done])} has a feature of magnitude {worst:g}, which exceeds float16's 65504; "
                 "pack as bfloat16 or float32"
             )
-        self.rows += len(ids)
 
 
 def _gather(part: Part, ids: NDArray[Any], row_bytes: int, out: NDArray[np.uint8]) -> None:

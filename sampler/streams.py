@@ -1,8 +1,9 @@
 """Many byte streams into few files, each growing by large page-aligned writes.
 
 A stream is a page-aligned region of a window file that is written front to back: an extent, or a bucket of a shared
-segment. The bytes after its last whole page wait in memory until more come, so nothing is ever read back. Writing is
-done by threads; the first error wins and is raised in the caller.
+segment. The bytes after its last whole page wait in memory until more come, or until `sync` writes their page padded
+with zeros: a later write of that page repeats them, so whatever a kill leaves there begins with the bytes synced.
+Writing is done by threads; the first error wins and is raised in the caller.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class StreamWriter:
         self.regions, self._files, self.stage_bytes = regions, files, stage_bytes
         self.tails = aligned_buffer(len(regions) * PAGE)[: len(regions) * PAGE].reshape(-1, PAGE)
         self.positions = np.zeros(len(regions), np.int64)
+        self._synced = np.zeros(len(regions), np.int64)
         self.digests: list[Any] = [xxhash.xxh3_64() for _ in regions]
         self._free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
         for _ in range(NUM_STAGES):
@@ -69,7 +71,9 @@ class StreamWriter:
         Waits for a write to finish if none is free. Hand the buffer back with `append`.
         """
         stage = self._free.get()  # a writer always returns its buffer, failed or not
-        self._raise_error()
+        if self._errors:
+            self._free.put(stage)  # another thread may wait for it
+            raise self._errors[0]
         tail = int(self.positions[stream]) % PAGE
         stage[:tail] = self.tails[stream, :tail]
         return stage, tail
@@ -83,60 +87,65 @@ class StreamWriter:
         left = tail + num_bytes - whole
         self.tails[stream, :left] = stage[whole : whole + left]
         self.positions[stream] += num_bytes
-        self._submit(stream, stage, page_down(position), whole)
+        file, offset = self._files[self.regions[stream].window], self.regions[stream].offset + page_down(position)
+        self._pool.submit(self._write_stage, file, stage, offset, whole)
 
-    def finish(self, stream: int, *, digest: bool = True) -> None:
-        """Pad the stream to a page and write the last one; appending ends."""
-        tail = int(self.positions[stream]) % PAGE
-        if tail:
-            stage, _ = self.begin(stream)
-            stage[tail:PAGE] = 0
-            if digest:
-                self.digests[stream].update(stage[tail:PAGE])
-            self._submit(stream, stage, page_down(int(self.positions[stream])), PAGE)
-
-    def _submit(self, stream: int, stage: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
-        region = self.regions[stream]
-        self._pool.submit(self._write, self._files[region.window], stage, region.offset + offset, num_bytes)
-
-    def _write(self, file: DirectFile, stage: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
+    def _write_stage(self, file: DirectFile, stage: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
         try:
-            if num_bytes and not self._errors:
-                file.write_from(stage, offset, num_bytes)
-        except BaseException as error:
-            self._errors.append(error)
+            self._write(file, stage, offset, num_bytes)
         finally:
             self._free.put(stage)
 
-    def _raise_error(self) -> None:
-        if self._errors:
-            raise self._errors[0]
+    def _write(self, file: DirectFile, data: NDArray[np.uint8], offset: int, num_bytes: int) -> None:
+        try:
+            if num_bytes and not self._errors:
+                file.write_from(data, offset, num_bytes)
+        except BaseException as error:
+            self._errors.append(error)
 
-    def drain(self) -> None:
+    def _drain(self) -> None:
         """Wait until everything handed over is written; raises the first error."""
         stages = [self._free.get() for _ in range(NUM_STAGES)]
         for stage in stages:
             self._free.put(stage)
-        self._raise_error()
+        if self._errors:
+            raise self._errors[0]
+
+    def _write_tail(self, stream: int) -> None:
+        region, position = self.regions[stream], int(self.positions[stream])
+        self.tails[stream, position % PAGE :] = 0
+        self._write(self._files[region.window], self.tails[stream], region.offset + page_down(position), PAGE)
 
     def sync(self) -> None:
-        """Make what was appended durable, but for the tails."""
-        self.drain()
+        """Make what was appended durable; of the last pages only those that changed since are written."""
+        self._drain()
+        changed = np.flatnonzero((self.positions != self._synced) & (self.positions % PAGE > 0))
+        for _ in self._pool.map(self._write_tail, changed.tolist()):
+            pass
+        if self._errors:
+            raise self._errors[0]
         for file in self._files.values():
             file.sync()
+        self._synced[:] = self.positions
 
-    def resume(self, stream: int, position: int, tail: NDArray[np.uint8], buffer: NDArray[np.uint8]) -> None:
-        """Continue a stream that a killed run left at `position`; its bytes are read back for the digest."""
-        region, digest = self.regions[stream], self.digests[stream]
-        whole, done = page_down(position), 0
-        while done < whole:
-            count = min(page_down(len(buffer)), whole - done)
+    def finish(self) -> None:
+        """End all streams, which were synced: the padding of their last pages counts as theirs."""
+        assert np.array_equal(self.positions, self._synced)
+        for digest, position in zip(self.digests, self.positions.tolist(), strict=True):
+            digest.update(bytes(page_up(position) - position))
+
+    def resume(self, stream: int, position: int, buffer: NDArray[np.uint8]) -> int:
+        """Continue a stream that a killed run left at `position`; returns the xxh3-64 of the bytes found before it."""
+        region, digest, done = self.regions[stream], self.digests[stream], 0
+        while done < position:
+            count = min(page_down(len(buffer)), page_up(position - done))
             self._files[region.window].read_into(buffer, region.offset + done, count)
-            digest.update(buffer[:count])
+            digest.update(buffer[: min(count, position - done)])
             done += count
-        digest.update(tail[: position - whole])
-        self.tails[stream] = tail
-        self.positions[stream] = position
+        if tail := position % PAGE:
+            self.tails[stream, :tail] = buffer[count - PAGE : count - PAGE + tail]
+        self.positions[stream] = self._synced[stream] = position
+        return int(digest.intdigest())
 
 
 def stage_for(row_bytes: int, wanted: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.sampler.accesses import Accesses
+from penstock.sampler.journal import journal_bytes
 from penstock.sampler.movement import Tiers, find_next_uses
 from penstock.sampler.neighbors import SampleConfig, make_trace_meta, sample_window
 from penstock.sampler.packer import pack_windows
@@ -167,7 +168,7 @@ def _pack_bytes(probe: Probe, items: int) -> int:
 def _build_bytes(probe: Probe, items: int, slots: int) -> int:
     """A pack, its trace, its plan and its journal, all of which are there at once."""
     payload, inputs = float(probe.sizes.payload_bytes.mean()), float(probe.sizes.num_inputs.mean())
-    scratch = items * (payload + PAGE + 24 * inputs + 2 * PAGE) + 8 * slots + 16 * PAGE
+    scratch = items * (payload + PAGE + 24 * inputs) + journal_bytes(items) + 8 * slots + 16 * PAGE
     return _pack_bytes(probe, items) + int(_MARGIN * scratch)
 
 
@@ -206,8 +207,8 @@ def build_window(
     check_inputs(index, job.meta)
     recording = _plan_alone(graph, job, index, traces, scratch)
     pack_bytes = sum(head.extent_bytes for head in recording.heads)
-    # the journal is there twice while it is replaced
-    reserve(used_bytes(folder) + pack_bytes + 2 * PAGE * (len(recording.heads) + 4) + 8 * len(job.residents))
+    more = journal_bytes(len(recording.heads)) + 8 * PAGE + 8 * len(job.residents)
+    reserve(used_bytes(folder) + pack_bytes + more)
     with Accesses(traces, [index]) as accesses:
         plan = window_plan(graph, job.meta, window, recording)
         pack_windows(plan, accesses, [0], folder, host_memory=memory)

@@ -16,7 +16,7 @@ from penstock.engine.models import needs_degrees
 from penstock.run import Run
 from penstock.sampler.estimate import DiskRates, PlanSummary
 from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
-from penstock.sampler.packer import write_packs
+from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.storage.budget import Budgets, format_bytes
 from penstock.storage.deal import Deal
@@ -177,6 +177,8 @@ def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, P
             errors[split] = error
     if errors:
         raise _does_not_fit(run, errors)
+    for _, plan in plans.values():
+        require_packing_memory(plan, run.budgets.host_bytes)
     return plans
 
 
@@ -192,7 +194,7 @@ def prepare(run: Run, splits: Iterable[Split]) -> dict[Split, Prepared]:
         folder = run.path / split
         if split in plans and plans[split][1].mode == "reuse":
             trace, plan = plans[split]
-            host_bytes = run.train_host_bytes if split == "train" else run.evaluation_bytes
+            host_bytes = run.budgets.host_bytes  # nothing is fed meanwhile
             write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=run.progress)
         for scratch in ("trace", "plan"):
             shutil.rmtree(folder / scratch, ignore_errors=True)

@@ -32,8 +32,8 @@ def small_trace(tiny_graph: GraphStore, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def wide_graph(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
-    """A graph whose rows of 320 float32 divide no page."""
-    config = GenerateConfig(num_nodes=300, avg_degree=6, num_features=320, num_classes=4, train=0.5, seed=3)
+    """A graph whose rows of 4160 float32 divide no page, and whose table has several blocks."""
+    config = GenerateConfig(num_nodes=300, avg_degree=6, num_features=4160, num_classes=4, train=0.5, seed=3)
     return generate_graph(tmp_path_factory.mktemp("wide") / "graph", config, host_memory=64 << 20)
 
 

@@ -37,7 +37,7 @@ plan = plan_packs(
     graph,
     trace,
     PlanConfig(mode="reuse", policy=sys.argv[4], row_dtype=sys.argv[5]),
-    Budgets(device_bytes=0, host_bytes=4 << 20, disk_bytes=int(sys.argv[6])),
+    Budgets(device_bytes=0, host_bytes=64 << 20, disk_bytes=int(sys.argv[6])),
     disk_rates=DiskRates(read_bytes_per_s=1e9, write_bytes_per_s=1e9, random_reads_per_s=1e5),
     scratch=Path(sys.argv[3]).parent / "scratch",
 )
@@ -67,9 +67,9 @@ def smallest_memory(plan: Plan, graph: GraphStore, trace: Trace, out: Path) -> i
 def test_packing_killed_at_random_moments_gives_the_same_bytes(
     wide_graph: GraphStore, wide_trace: Trace, make_plan: Any, tmp_path: Path, layout: str, dtype: str
 ) -> None:
-    whole = make_plan(wide_graph, wide_trace, host=4 << 20, policy="none", row_dtype=dtype)
-    disk = whole.summary.disk_needed_bytes * (7 if layout == "shared" else 10) // 10
-    plan = make_plan(wide_graph, wide_trace, host=4 << 20, policy="none", row_dtype=dtype, mode="reuse", disk=disk)
+    whole = make_plan(wide_graph, wide_trace, host=64 << 20, policy="none", row_dtype=dtype)
+    disk = whole.summary.disk_needed_bytes * (45 if layout == "shared" else 100) // 100
+    plan = make_plan(wide_graph, wide_trace, host=64 << 20, policy="none", row_dtype=dtype, mode="reuse", disk=disk)
     assert plan.summary.layout == layout
     memory = smallest_memory(plan, wide_graph, wide_trace, tmp_path / "refused") + 100_000
     started = time.monotonic()
@@ -107,7 +107,7 @@ class Killed(Exception):
 def test_a_resumed_pass_goes_on_where_it_was(
     wide_graph: GraphStore, wide_trace: Trace, make_plan: Any, tmp_path: Path
 ) -> None:
-    plan = make_plan(wide_graph, wide_trace, host=4 << 20, policy="none")
+    plan = make_plan(wide_graph, wide_trace, host=64 << 20, policy="none")
     memory = smallest_memory(plan, wide_graph, wide_trace, tmp_path / "refused") + 100_000
     calls = 0
 
@@ -121,7 +121,7 @@ def test_a_resumed_pass_goes_on_where_it_was(
     with pytest.raises(Killed):
         write_packs(plan, wide_graph, wide_trace, out, host_memory=memory, checkpoint_s=0, progress=stop_late)
     found = read_journal(out)
-    assert found is not None and found[0].parts_done == 3
+    assert found is not None and 0 < found[0].rows_done < wide_graph.num_nodes
     seen: dict[str, list[int]] = {"packs": [], "whole": []}
     for name, reports in seen.items():
         write_packs(plan, wide_graph, wide_trace, tmp_path / name, host_memory=memory, progress=note_into(reports))
@@ -144,7 +144,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_finished_windows_and_packing_goes_on_later(
     wide_graph: GraphStore, wide_trace: Trace, make_plan: Any, tmp_path: Path, small_disk: Path
 ) -> None:
-    plan = make_plan(wide_graph, wide_trace, host=4 << 20, policy="none")
+    plan = make_plan(wide_graph, wide_trace, host=64 << 20, policy="none")
     write_packs(plan, wide_graph, wide_trace, tmp_path / "whole", host_memory=8 << 20)
     out, filler = small_disk / "packs", small_disk / "filler"
     write_packs(plan, wide_graph, wide_trace, out, host_memory=8 << 20)
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_while_packing_is_told_and_survived(
     wide_graph: GraphStore, wide_trace: Trace, make_plan: Any, tmp_path: Path, small_disk: Path
 ) -> None:
     """Space is reserved first, so only the journal can still find the disk full: another program took the rest."""
-    plan = make_plan(wide_graph, wide_trace, host=4 << 20, policy="none")
+    plan = make_plan(wide_graph, wide_trace, host=64 << 20, policy="none")
     memory = smallest_memory(plan, wide_graph, wide_trace, tmp_path / "refused") + 100_000
     out, filler = small_disk / "packs", small_disk / "filler"
     calls = 0

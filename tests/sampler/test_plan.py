@@ -62,7 +62,7 @@ def test_too_small_a_disk_names_one_that_does(
     make_plan: Any, wide_graph: GraphStore, wide_trace: Trace, mode: str
 ) -> None:
     def plan(disk: int) -> Any:
-        return make_plan(wide_graph, wide_trace, host=8 << 20, policy="none", mode=mode, disk=disk)
+        return make_plan(wide_graph, wide_trace, host=64 << 20, policy="none", mode=mode, disk=disk)
 
     with pytest.raises(DoesNotFit) as caught:
         plan(5000)
@@ -114,7 +114,7 @@ def test_auto_takes_what_fits_and_reads_soonest(
     make_plan: Any, wide_graph: GraphStore, wide_trace: Trace, tmp_path: Path
 ) -> None:
     def plan(disk: int, **config: Any) -> Any:
-        return make_plan(wide_graph, wide_trace, host=8 << 20, policy="none", disk=disk, **config).summary
+        return make_plan(wide_graph, wide_trace, host=64 << 20, policy="none", disk=disk, **config).summary
 
     private = plan(1 << 30)
     assert (private.mode, private.layout) == ("reuse", "private")

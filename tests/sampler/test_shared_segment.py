@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from penstock.sampler.packer import write_packs
-from penstock.sampler.pass_layout import split_memory
+from penstock.sampler.pass_layout import fit_memory
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import checksum_file
@@ -16,14 +16,14 @@ from penstock.storage.trace import Trace
 
 
 def make_shared(make_plan: Any, graph: GraphStore, trace: Trace, **config: Any) -> Any:
-    private = make_plan(graph, trace, host=4 << 20, policy="none", **config)
+    private = make_plan(graph, trace, host=64 << 20, policy="none", **config)
     plan = make_plan(
         graph,
         trace,
-        host=4 << 20,
+        host=64 << 20,
         policy="none",
         mode="reuse",
-        disk=private.summary.disk_needed_bytes * 7 // 10,
+        disk=private.summary.disk_needed_bytes * 45 // 100,
         **config,
     )
     assert plan.summary.layout == "shared" and max(plan.segment_rows) > 100
@@ -55,7 +55,7 @@ def test_buckets_of_any_size_give_the_same_bytes(
     with pytest.raises(DoesNotFit) as caught:
         write_packs(plan, wide_graph, wide_trace, tmp_path / "refused", host_memory=1000)
     smallest = int(str(caught.value).split("--host-memory ")[1].split()[0])
-    assert split_memory(plan, 20, smallest + 20 * 8192).bucket_rows < min(plan.segment_rows) // 2
+    assert fit_memory(plan, [0], smallest).bucket_rows < max(plan.segment_rows)
     found = []
     for memory in (smallest, 64 << 20):
         out = tmp_path / str(memory)
