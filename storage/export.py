@@ -14,12 +14,13 @@ from penstock.storage.errors import full_disk_is_clear
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import fsync_folder
 
-ColumnType = tuple[str, int]  # NumPy's name of the dtype, and the width: 0 for one value per node, n for a list of n
+# NumPy's name of the dtype, or "string", and the width: 0 for one value per node, n for a list of n
+ColumnType = tuple[str, int]
 
 
 def _arrow_type(column: ColumnType) -> pa.DataType:
     dtype, width = column
-    value = pa.from_numpy_dtype(np.dtype(dtype))
+    value = pa.string() if dtype == "string" else pa.from_numpy_dtype(np.dtype(dtype))
     return pa.list_(value, width) if width else value
 
 
@@ -65,7 +66,8 @@ class NodeTableWriter:
         shape = (num_rows, width) if width else (num_rows,)
         if value.shape != shape:
             raise ValueError(f"column {name!r} has shape {value.shape}, wanted {shape}")
-        flat = pa.array(np.ascontiguousarray(value, dtype=dtype).reshape(-1))
+        given = value if dtype == "string" else np.ascontiguousarray(value, dtype=dtype)
+        flat = pa.array(given.reshape(-1), _arrow_type((dtype, 0)))
         return pa.FixedSizeListArray.from_arrays(flat, width) if width else flat
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:

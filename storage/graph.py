@@ -6,10 +6,12 @@
 | `indices.npy` | int32 or int64 [E] | in-neighbours (edge sources), ascending within a node |
 | `features.npy` | row format, see `rows` [N, width] | node features |
 | `features.sums.npy` | uint64 [blocks], from version 2 on | checksums of the table's blocks, see `blocks` |
-| `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 where unknown |
+| `labels.npy` | int64 [N], or uint8 [N, C] for multi-label | class per node, -1 (multi-label: 255) where unknown |
 | `train_ids.npy`, `valid_ids.npy`, `test_ids.npy` | id dtype | split, ascending node ids |
 | `edge_weights.npy` | float32 [E], optional | one weight per edge, in the order of `indices` |
 | `original_ids.npy` | int64 [N], optional | the user's ids; absent where they are 0..N-1 |
+| `classes.parquet` | column `class`, int64 or strings [C], optional | the label whose number is the row |
+| `feature_norm.npy` | float64 [2, F], optional | mean and deviation that `standard` normalisation took |
 | `original_ids.parquet` | column `id`, strings, in row groups of 65536 rows, optional | the user's ids, if strings |
 
 Ids are int32 where N < 2^31, else int64. `manifest.json` (see `manifest`) has the meta keys of `GraphMeta`.
@@ -20,7 +22,7 @@ table are read in whole blocks, each compared with its own. Stores of version 1 
 """
 
 import logging
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -43,8 +45,10 @@ VERSIONS = (1, 2)
 FEATURES, FEATURE_SUMS = "features.npy", "features.sums.npy"
 logger = logging.getLogger(__name__)
 _UNSEALED: set[Path] = set()  # stores that the log has named
-
 ORIGINAL_IDS_GROUP = 1 << 16  # strings per row group of original_ids.parquet
+CLASSES_FILE, NORM_FILE = "classes.parquet", "feature_norm.npy"
+UNKNOWN_FLAG = 255  # in every column of a multi-label row whose labels are unknown
+FeatureNorm = Literal["none", "row", "standard"]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -67,6 +71,11 @@ class GraphMeta:
     has_edge_weights: bool
     original_ids: Literal["dense", "int64", "string"]
     source: str
+    class_values: Literal["dense", "int64", "string"] = "dense"
+    feature_norm: FeatureNorm = "none"
+
+
+_DEFAULTS = {field.name: field.default for field in fields(GraphMeta) if field.default is not MISSING}
 
 
 class GraphStore:
@@ -170,6 +179,21 @@ class GraphStore:
         """Entries of a payload array, by the manifest; nothing is read."""
         return self.manifest.file(name).shape[0]
 
+    @cached_property
+    def class_values(self) -> list[int] | list[str] | None:
+        """The user's label of every class, where they are not 0..C-1."""
+        if self.meta.class_values == "dense":
+            return None
+        self.verify(CLASSES_FILE)
+        values: list[int] | list[str] = pq.read_table(self.path / CLASSES_FILE).column("class").to_pylist()
+        return values
+
+    @property
+    def norm_identity(self) -> str:
+        """What was done to the features: equal for graphs whose features mean the same to a model."""
+        kind = self.meta.feature_norm
+        return f"{kind} {self.manifest.file(NORM_FILE).xxh3}" if kind == "standard" else kind
+
     def split_ids(self, split: Split) -> NDArray[Any]:
         """Ascending node ids of a split; empty where the graph has none."""
         return self._map(f"{split}_ids.npy")
@@ -243,8 +267,12 @@ def seal_graph(path: Path | str, *, progress: Progress = silent) -> GraphStore:
 
 
 def graph_manifest(meta: GraphMeta, files: tuple[FileEntry, ...]) -> Manifest:
-    """Make the manifest that publishes a graph store; `files` have to have the checksums of the features' blocks."""
-    return Manifest(format=FORMAT, version=VERSIONS[-1], meta=asdict(meta), files=files)
+    """Make the manifest that publishes a graph store; `files` have to have the checksums of the features' blocks.
+
+    What a graph does not have is not in it.
+    """
+    known = {name: value for name, value in asdict(meta).items() if _DEFAULTS.get(name) != value}
+    return Manifest(format=FORMAT, version=VERSIONS[-1], meta=known, files=files)
 
 
 def open_graph(path: Path | str) -> GraphStore:
@@ -252,7 +280,7 @@ def open_graph(path: Path | str) -> GraphStore:
     path = Path(path)
     manifest = read_manifest(path, FORMAT, VERSIONS)
     names = {field.name for field in fields(GraphMeta)}
-    if set(manifest.meta) != names:
+    if not names - set(_DEFAULTS) <= set(manifest.meta) <= names:
         raise FormatError(f"{path}: graph meta has keys {sorted(manifest.meta)}, wanted {sorted(names)}")
     meta = GraphMeta(**manifest.meta)
     if meta.feature_dtype not in ROW_DTYPES:

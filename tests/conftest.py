@@ -248,9 +248,14 @@ def write_hand_packs() -> Callable[..., PackSetMeta]:
 
 @pytest.fixture(scope="session")
 def folder_bytes() -> Callable[[Path], dict[str, bytes]]:
-    """A function that reads every file below a folder, so that two folders can be compared byte for byte."""
+    """A function that reads every file below a folder, so that two folders can be compared byte for byte.
+
+    But for `source.json`: it notes when the input files were seen.
+    """
     return lambda folder: {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "source.json"
     }
 
 

@@ -45,19 +45,21 @@ class NpzColumn:
         self._path, self._member, self._row = path, f"{member}.npy", row
         try:
             with zipfile.ZipFile(path) as archive, archive.open(self._member) as file:
-                self._shape, self._dtype = self._header(file)
+                self.whole_shape, self._dtype = self._header(file)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: {member} cannot be read ({error}); download it again") from error
-        if row is not None and len(self._shape) != 2:
-            raise DataError(f"{path}: {member} has shape {self._shape}, wanted two dimensions")
-        self.shape = self._shape if row is None else self._shape[1:]
+            raise DataError(f"{path}: {member} cannot be read ({error}); download or write it again") from error
+        if row is not None and len(self.whole_shape) != 2:
+            raise DataError(f"{path}: {member} has shape {self.whole_shape}, wanted two dimensions")
+        self.shape = self.whole_shape if row is None else self.whole_shape[1:]
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        if fortran or dtype.hasobject:
-            raise ValueError("it is in Fortran order or holds objects")
+        if dtype.hasobject:
+            raise ValueError("it holds objects; save numbers")
+        if fortran and len(shape) > 1:
+            raise ValueError("it is in Fortran order; save numpy.ascontiguousarray of it")
         return shape, dtype
 
     def chunks(self, rows: int) -> Iterator[NDArray[Any]]:

@@ -5,19 +5,23 @@ from typing import Any
 
 from penstock.storage.budget import require_free_disk
 from penstock.storage.errors import DataError, DoesNotFit
-from penstock.storage.graph import GraphMeta, GraphStore, id_dtype
-from penstock.storage.ingest.edges import KeyLayout, source_bits, spill_edges
+from penstock.storage.graph import FeatureNorm, GraphMeta, GraphStore, id_dtype
+from penstock.storage.ingest.classes import read_classes, write_classes
+from penstock.storage.ingest.edges import KeyLayout, count_records, source_bits, spill_edges
 from penstock.storage.ingest.ids import DenseIds, IdMap, MappedIds, write_ids
-from penstock.storage.ingest.nodes import NodeStep
+from penstock.storage.ingest.inputs import identify
+from penstock.storage.ingest.nodes import NodeStep, chunk_rows
+from penstock.storage.ingest.normalise import choose_norm, norm_identity, open_normaliser, write_norm
 from penstock.storage.ingest.options import IngestOptions
 from penstock.storage.ingest.source import GraphSource
 from penstock.storage.ingest.topology import write_topology
 from penstock.storage.manifest import FileEntry
 from penstock.storage.progress import Progress
-from penstock.storage.resumable import StoreBuild, begin_build
+from penstock.storage.resumable import StoreBuild, begin_build, recorded_notes
 from penstock.storage.rows import RowFormat
 
 _MIN_MEMORY = 16 << 20
+_VERSION = 2  # of what the same inputs and options become; 1 knew inputs by their times
 
 
 def _check_budget(source: GraphSource, options: IngestOptions, out: Path, host_memory: int) -> None:
@@ -25,7 +29,7 @@ def _check_budget(source: GraphSource, options: IngestOptions, out: Path, host_m
     if host_memory < needed:
         raise DoesNotFit(f"host_memory={host_memory} is too small to ingest this graph; give at least {needed} bytes")
     row_format = RowFormat(dtype=options.feature_dtype, width=source.num_features)
-    records = source.num_edges * (1 + options.undirected) + source.num_nodes * (options.self_loops == "add")
+    records = count_records(source, options)
     weight_bytes = 4 * source.has_weights
     edge_bytes = 8 + id_dtype(source.num_nodes).itemsize + 2 * weight_bytes  # spilled and final at once
     node_bytes = row_format.row_bytes + 8 * 4 + source.label_width
@@ -45,27 +49,50 @@ def ingest(
     if source.num_features == 0:
         raise DataError(f"the nodes of {source.kind} have no features; give at least one column")
     out = Path(out)
+    norm = choose_norm(options)
+    if options.remap_labels and not source.has_labels:
+        raise ValueError(f"remap_labels=true, but the nodes of {source.kind} have no labels; drop it")
+    inputs, seen = identify(source.inputs, recorded_notes(out), progress)
     identity = {
         "kind": source.kind,
-        "version": 1,
-        "inputs": source.identity(),
-        "options": options.model_dump(mode="json"),
+        "version": _VERSION,
+        "inputs": {record.pop("role"): record for record in inputs},
+        "options": options.model_dump(mode="json", exclude={"feature_norm_from"}),
+        "normalised as": norm_identity(options),
     }
-    build = begin_build(out, identity)
+    build = begin_build(out, identity, notes=seen)
     if isinstance(build, GraphStore):
         return build
     _check_budget(source, options, out, host_memory)
-    return build.publish(_run_steps(build, source, options, host_memory, progress))
+    return build.publish(_run_steps(build, source, options, norm, host_memory, progress))
 
 
 def _run_steps(
-    build: StoreBuild, source: GraphSource, options: IngestOptions, host_memory: int, progress: Progress
+    build: StoreBuild,
+    source: GraphSource,
+    options: IngestOptions,
+    norm: FeatureNorm,
+    host_memory: int,
+    progress: Progress,
 ) -> GraphMeta:
     out, work, num_nodes = build.out, build.work, source.num_nodes
+    rows = chunk_rows(source, options, host_memory)
+
+    def open_ids() -> IdMap:
+        return DenseIds(num_nodes) if kind == "dense" else MappedIds(work, num_nodes, kind)
+
+    def write_nodes() -> tuple[dict[str, Any], tuple[FileEntry, ...]]:
+        return NodeStep(
+            *(source, options, out, work),
+            ids=open_ids(),
+            classes=read_classes(out) if options.remap_labels else None,
+            normalise=open_normaliser(norm, out),
+            host_memory=host_memory,
+            progress=progress,
+        ).run()
 
     def spill() -> dict[str, Any]:
-        ids: IdMap = DenseIds(num_nodes) if kind == "dense" else MappedIds(work, num_nodes, kind)
-        return spill_edges(source, ids, options, work, host_memory, progress)
+        return spill_edges(source, open_ids(), options, work, host_memory, progress)
 
     def sort() -> tuple[dict[str, Any], tuple[FileEntry, ...]]:
         layout = KeyLayout(source_bits=source_bits(num_nodes), range_bits=spilled["range_bits"])
@@ -78,7 +105,12 @@ def _run_steps(
         )
 
     kind = build.step("ids", lambda: write_ids(source, out, work, host_memory))["kind"]
-    nodes = build.step("nodes", NodeStep(source, options, out, work, host_memory, progress).run)
+    classes: dict[str, Any] = {"kind": "dense"}
+    if options.remap_labels:
+        classes = build.step("classes", lambda: write_classes(source, out, rows))
+    if norm == "standard":
+        build.step("normalisation", lambda: write_norm(source, options, out, rows, progress))
+    nodes = build.step("nodes", write_nodes)
     spilled = build.step("spilled edges", lambda: (spill(), ()))
     edges = build.step("topology", sort)
     return GraphMeta(
@@ -86,9 +118,11 @@ def _run_steps(
         num_edges=edges["num_edges"],
         num_features=source.num_features,
         feature_dtype=options.feature_dtype,
-        num_classes=nodes["num_classes"],
+        num_classes=classes.get("num_classes", nodes["num_classes"]),
         multi_label=source.label_width > 0,
         has_edge_weights=source.has_weights,
         original_ids=kind,
         source=source.kind,
+        class_values=classes["kind"],
+        feature_norm=norm,
     )

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.storage.errors import DataError
 from penstock.storage.ingest.ids import IdMap
 from penstock.storage.ingest.options import IngestOptions
-from penstock.storage.ingest.source import EdgeChunk, GraphSource
+from penstock.storage.ingest.source import GraphSource
 from penstock.storage.ingest.spill import BucketWriter, Keys, bucket_bits
+from penstock.storage.ingest.values import sound_weights
 from penstock.storage.progress import Progress
 
 Weights = NDArray[np.float32] | None
@@ -58,14 +58,20 @@ def plan_layout(num_nodes: int, num_records: int, capacity: int) -> KeyLayout:
     return KeyLayout(source_bits=bits, range_bits=min(range_bits, bits))
 
 
+def count_records(source: GraphSource, options: IngestOptions) -> int:
+    """The most edges that a source and options come to."""
+    doubled = options.undirected or source.adds_inverse
+    return source.num_edges * (1 + doubled) + source.num_nodes * (options.self_loops == "add")
+
+
 def spill_edges(
     source: GraphSource, ids: IdMap, options: IngestOptions, work: Path, host_memory: int, progress: Progress
 ) -> dict[str, Any]:
     """Distribute all edges over `work/edges-*`; reports the bits of the ranges and the number of records in each.
 
-    DataError names the row of the first edge whose end is no node, or whose weight is not finite.
+    DataError names the row of the first edge whose end is no node, or whose weight cannot be one.
     """
-    num_records = source.num_edges * (1 + options.undirected) + source.num_nodes * (options.self_loops == "add")
+    num_records = count_records(source, options)
     layout = plan_layout(source.num_nodes, num_records, host_memory // 2 // (24 if source.has_weights else 8))
     rows = max(1, min(_MAX_CHUNK, host_memory // 2 // _EDGE_BYTES))
     weight_dtype = np.float32 if source.has_weights else None
@@ -74,7 +80,7 @@ def spill_edges(
         for chunk in source.edges(rows):
             src = ids.lookup(chunk.src, chunk.where, chunk.first_row, chunk.names[0])
             dst = ids.lookup(chunk.dst, chunk.where, chunk.first_row, chunk.names[1])
-            _append(writer, layout, *arrange_edges(src, dst, finite_weights(chunk), options))
+            _append(writer, layout, *arrange_edges(src, dst, sound_weights(chunk), options, source.adds_inverse))
             done += len(src)
             progress("ingest edges", done, max(done, source.num_edges), "edges")
         if options.self_loops == "add":
@@ -91,30 +97,17 @@ def _append(
     writer.append(dst.astype(np.uint64), layout.local_bits, layout.keys(src, dst), weights)
 
 
-def finite_weights(chunk: EdgeChunk) -> Weights:
-    """Check a chunk's weights; DataError names the first that is not finite."""
-    if chunk.weights is None:
-        return None
-    bad = np.flatnonzero(~np.isfinite(chunk.weights))
-    if len(bad):
-        row = int(bad[0])
-        raise DataError(
-            f"{chunk.where}, row {chunk.first_row + row}: weight {chunk.weights[row]} is not finite; fill or drop it"
-        )
-    return chunk.weights
-
-
 def arrange_edges(
-    src: NDArray[np.int64], dst: NDArray[np.int64], weights: Weights, options: IngestOptions
+    src: NDArray[np.int64], dst: NDArray[np.int64], weights: Weights, options: IngestOptions, inverse: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Weights]:
-    """Apply `self_loops` and `undirected` to a chunk."""
+    """Apply `self_loops` and `undirected` to a chunk, or `inverse`: then the reverse of a loop is a second one."""
     if options.self_loops != "keep":
         kept = src != dst
         src, dst, weights = src[kept], dst[kept], None if weights is None else weights[kept]
-    if options.undirected:
+    if options.undirected or inverse:
         # an edge and its reverse side by side, so that the order of equal keys does not depend on the chunks
         pairs, kept = np.stack([src, dst], 1), np.ones(2 * len(src), bool)
-        kept[1::2] = src != dst
+        kept[1::2] = (src != dst) | (not options.undirected)
         src, dst = pairs.reshape(-1)[kept], pairs[:, ::-1].reshape(-1)[kept]
         weights = None if weights is None else np.repeat(weights, 2)[kept]
     return src, dst, weights

@@ -5,8 +5,9 @@ from typing import Any
 
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest.compose import ingest
-from penstock.storage.ingest.folders import open_numpy_folder, open_ogb_folder
+from penstock.storage.ingest.folders import open_numpy_folder
 from penstock.storage.ingest.objects import dgl_source, pyg_source
+from penstock.storage.ingest.ogb import open_ogb_folder
 from penstock.storage.ingest.options import IngestOptions
 from penstock.storage.ingest.parquet import ParquetSource
 from penstock.storage.progress import Progress, silent
@@ -36,7 +37,7 @@ def ingest_npy(
 def ingest_ogb(
     folder: Path, out: Path, options: IngestOptions, *, host_memory: int, progress: Progress = silent
 ) -> GraphStore:
-    """Ingest the folder of a downloaded ogbn dataset, the one with `raw` and `split` (see `folders`)."""
+    """Ingest the folder of a downloaded ogbn dataset, the one with `raw` and `split` (see `ogb`)."""
     return ingest(open_ogb_folder(folder), out, options, host_memory=host_memory, progress=progress)
 
 

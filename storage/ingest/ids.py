@@ -53,7 +53,7 @@ class DenseIds:
             bad = int(np.flatnonzero((ids < 0) | (ids >= self._num_nodes))[0])
             raise DataError(
                 f"{where}, row {first_row + bad}: {name}={int(ids[bad])} is no node; ids go from 0 to "
-                f"{self._num_nodes - 1}: add the node to the node table or drop the edge"
+                f"{self._num_nodes - 1}: add the node to the node table or drop this row"
             )
         return ids
 
@@ -82,7 +82,7 @@ class MappedIds:
             value = int(ids[row]) if self._kind == "integer" else ids[row].as_py()
             raise DataError(
                 f"{where}, row {first_row + row}: {name}={value!r} is in no row of the node table; "
-                "add the node or drop the edge"
+                "add the node or drop this row"
             )
         rows = np.empty(len(keys), np.int64)
         rows[order] = self._rows[found]

@@ -1,39 +1,55 @@
 """What a user may ask of ingest."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from penstock.storage.graph import FeatureNorm
 from penstock.storage.rows import RowDtype
 
 
 class IngestOptions(BaseModel):
-    """How tables become a graph store.
+    """How tables become a graph store. Columns whose names are not set may be absent, but features, src and dst."""
 
-    `undirected` adds the reverse of every edge and merges duplicates, as DGL and PyG do. `deduplicate` merges edges
-    with equal ends; the weights of merged edges are added up. `self_loops` keeps them as they are, removes all, or
-    adds: then every node has exactly one, of weight 1, in place of those it had. `split_fractions` draws train, valid
-    and test where the input has no split. Column names apply to Parquet; columns whose names are not set may be
-    absent, but for features, src and dst.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     undirected: bool = False
+    """Add the reverse of every edge and merge duplicates, as DGL and PyG do."""
     self_loops: Literal["keep", "add", "remove"] = "keep"
+    """`add`: every node has exactly one, of weight 1, in place of those it had."""
     deduplicate: bool = False
+    """Merge edges with equal ends; their weights are added up."""
     feature_dtype: RowDtype = "float32"
+    """How features are stored; a value that overflows is refused."""
+    feature_norm: FeatureNorm = "none"
+    """`row` divides a row by the sum of its magnitudes; `standard` makes every column mean 0 and deviation 1."""
+    feature_norm_from: Path | None = None
+    """A graph store: normalise as it was, with its constants, to score this graph by a model trained on that one."""
+    remap_labels: bool = False
+    """Number the labels that occur, integers or strings, in their order; `infer` writes the labels as given."""
     id_column: str = "id"
+    """Node ids, integers or strings; without it nodes are numbered by row. This and all columns: of Parquet tables."""
     feature_column: str = "feature"
+    """One column of lists, or of numbers for a single feature."""
     feature_columns: tuple[str, ...] | None = None
+    """Several columns of numbers instead, as [age, income]."""
     feature_prefix: str | None = None
+    """Or all columns that begin so."""
     label_column: str = "label"
+    """Integers 0..C-1, null or -1 for unknown, or lists of 0 and 1."""
     split_column: str = "split"
+    """train, valid (val, validation), test, none or null; without it masks, as train_mask."""
     src_column: str = "src"
+    """Source of an edge."""
     dst_column: str = "dst"
+    """Destination of an edge."""
     weight_column: str = "weight"
+    """Weight of an edge, at least 0."""
     split_fractions: tuple[float, float, float] | None = None
+    """Draw train, valid and test among the labelled nodes, where the input has no split: [0.6, 0.2, 0.2]."""
     split_seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of that draw."""
 
     @model_validator(mode="after")
     def _check(self) -> "IngestOptions":

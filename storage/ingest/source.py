@@ -3,19 +3,19 @@
 `where` and `first_row` of a chunk name the table or file and the row its first entry has there, for messages.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from penstock.storage.errors import DataError
 from penstock.storage.graph import Split
+from penstock.storage.ingest.inputs import Input
 
 Ids: TypeAlias = NDArray[np.int64] | pa.Array  # integers, or an Arrow array of strings
+Values: TypeAlias = NDArray[Any] | pa.Array  # numbers, NaN where missing, or an Arrow array of strings
 SPLIT_CODES: dict[Split, int] = {"train": 0, "valid": 1, "test": 2}
 
 
@@ -29,26 +29,35 @@ class IdChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelChunk:
+    """Labels of consecutive nodes: numbers or strings [n], or numbers [n, C]."""
+
+    where: str
+    first_row: int
+    labels: Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeChunk:
-    """Consecutive nodes: `features` [n, F] numeric, `labels` [n] or [n, C], `splits` int8 [n] of codes, -1 for none."""
+    """Consecutive nodes: `features` [n, F] numeric, `splits` int8 [n] of codes, -1 for none."""
 
     where: str
     first_row: int
     features: NDArray[Any]
-    labels: NDArray[Any] | None
+    labels: LabelChunk | None
     splits: NDArray[np.int8] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeChunk:
-    """Consecutive edges by the user's ids; `names` are what `src` and `dst` are called there."""
+    """Consecutive edges by the user's ids, weights [n] as given; `names` are what `src` and `dst` are called there."""
 
     where: str
     first_row: int
     names: tuple[str, str]
     src: Ids
     dst: Ids
-    weights: NDArray[np.float32] | None
+    weights: NDArray[Any] | None
 
 
 class Column(Protocol):
@@ -85,15 +94,24 @@ class GraphSource(Protocol):
         """Whether edges have a weight."""
 
     @property
+    def adds_inverse(self) -> bool:
+        """Whether every edge stands for itself and its reverse."""
+
+    @property
     def label_width(self) -> int:
         """0 for one class per node, C for a multi-label task."""
 
     @property
-    def split_ids(self) -> Mapping[Split, Column]:
-        """Rows of the nodes of a split, where the node table does not say it."""
+    def has_labels(self) -> bool:
+        """Whether the node table has labels."""
 
-    def identity(self) -> list[dict[str, Any]]:
-        """JSON that changes when the input does."""
+    @property
+    def split_ids(self) -> Mapping[Split, Column]:
+        """Ids of the nodes of a split, where the node table does not say it."""
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        """All that the graph is made from."""
 
     def ids(self, rows: int) -> Iterator[IdChunk]:
         """The node ids; nothing where they are row numbers."""
@@ -101,14 +119,8 @@ class GraphSource(Protocol):
     def nodes(self, rows: int) -> Iterator[NodeChunk]:
         """The node table."""
 
+    def labels(self, rows: int) -> Iterator[LabelChunk]:
+        """The labels of the node table alone."""
+
     def edges(self, rows: int) -> Iterator[EdgeChunk]:
         """The edge table."""
-
-
-def file_identity(path: Path) -> dict[str, Any]:
-    """Say which file this is; DataError where it is not there."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from penstock.kernels.csc import merge_sorted, row_ends, unique_sorted
 from penstock.storage.directio import PAGE
-from penstock.storage.errors import full_disk_is_clear
+from penstock.storage.errors import DataError, full_disk_is_clear
 from penstock.storage.graph import id_dtype
 from penstock.storage.ingest.edges import KeyLayout, Weights
 from penstock.storage.ingest.spill import Keys, Sorter, spilled_buckets
@@ -85,6 +85,11 @@ class RowEnds:
             self._next += len(out)
 
 
+def _float32(total: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what overflows is Inf, and refused by the caller
+        return total.astype(np.float32)
+
+
 def merged_runs(runs: Iterator[Run]) -> Iterator[Run]:
     """Merge edges with equal keys; their weights are added up in float64, in the order in which they came.
 
@@ -94,7 +99,7 @@ def merged_runs(runs: Iterator[Run]) -> Iterator[Run]:
     total = np.zeros(1)
     for keys, weights in runs:
         if held is not None and keys[0] != held[0]:
-            yield held, None if weights is None else total.astype(np.float32)
+            yield held, None if weights is None else _float32(total)
             held = None
         if keys[0] == keys[-1]:
             if held is None:
@@ -109,7 +114,19 @@ def merged_runs(runs: Iterator[Run]) -> Iterator[Run]:
             count = merge_sorted(keys, weights)
             yield keys[:count], weights[:count]
     if held is not None:
-        yield held, None if weights is None else total.astype(np.float32)
+        yield held, None if weights is None else _float32(total)
+
+
+def _refuse_overflow(keys: Keys, weights: NDArray[np.float32], layout: KeyLayout, bucket: int) -> None:
+    """Raise DataError where the weights of merged edges add up to more than float32 holds."""
+    if len(weights) and weights.max() == np.inf:
+        key = int(keys[int(weights.argmax())])
+        src = key & ((1 << layout.source_bits) - 1)
+        dst = (bucket << layout.local_bits) + (key >> layout.source_bits)
+        raise DataError(
+            f"the weights of the edges from node row {src} to node row {dst}, which are merged into one, add up to "
+            "more than float32's largest, 3.4e38; scale the weights"
+        )
 
 
 def write_topology(
@@ -137,6 +154,8 @@ def write_topology(
         for n, bucket in enumerate(spilled_buckets(work / "edges", records)):
             runs = sorter.runs(bucket, layout.key_bits)
             for keys, weights in merged_runs(runs) if merge else runs:
+                if merge and weights is not None:
+                    _refuse_overflow(keys, weights, layout, n)
                 rows.append(keys, n << layout.local_bits)
                 for lo in range(0, len(keys), _EMIT):
                     indices.append(keys[lo : lo + _EMIT] & mask)

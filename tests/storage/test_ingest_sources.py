@@ -1,6 +1,9 @@
 """NumPy and OGB folders, DGL and PyG objects: all give the store that the same graph in memory gives."""
 
 import gzip
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,7 @@ def test_numpy_folder_with_sparse_ids(tmp_path: Path) -> None:
     data = graph()
     names = np.random.default_rng(1).permutation(N) * 11 + 3
     mapped = data | {"node_ids": names, "edge_index": names[data["edge_index"]]}
+    mapped |= {split: names[data[split]] for split in ("train_ids", "val_ids", "test_ids")}
     store = ingest_npy(save(tmp_path / "in", mapped), tmp_path / "out", IngestOptions(), host_memory=MEMORY)
     check(store, data)
     np.testing.assert_array_equal(store.original_ids(0, N), names)
@@ -83,7 +87,7 @@ def test_numpy_folder_with_sparse_ids(tmp_path: Path) -> None:
         ({"features": np.zeros(N)}, r"wanted nodes by features"),
         ({"labels": np.zeros(N - 1)}, r"labels.npy has 89 rows, the features have 90"),
         ({"edge_weights": np.zeros(3)}, r"edge_weights.npy has 3 rows"),
-        ({"train_ids": np.array([0, N])}, r"train_ids.npy, row 1: node 90 is out of range"),
+        ({"train_ids": np.array([0, N])}, r"train_ids.npy, row 1: id=90 is no node"),
         ({"test_ids": np.array([80, 3])}, r"test_ids.npy, row 1: node 3 is in two splits"),
         ({"features": np.full((N, F), np.nan)}, r"features.npy, row 0: feature 0 is nan"),
     ],
@@ -217,13 +221,13 @@ def test_dgl_graph(tmp_path: Path) -> None:
     check(ingest_dgl(g, tmp_path / "out", IngestOptions(), host_memory=MEMORY), data)
     again = ingest_dgl(g, tmp_path / "out", IngestOptions(), host_memory=MEMORY)
     g.ndata["feat"][3, 3] = 9.0
-    with pytest.raises(ValueError, match="holds a graph built from something else: inputs"):
+    with pytest.raises(ValueError, match=r"something else: dgl ndata\['feat'\] has other content"):
         ingest_dgl(g, again.path, IngestOptions(), host_memory=MEMORY)
     del g.ndata["feat"]
     with pytest.raises(DataError, match=r"no ndata\['feat'\]; it has \['label'"):
         ingest_dgl(g, tmp_path / "o", IngestOptions(), host_memory=MEMORY)
     hetero = dgl.heterograph({("a", "to", "b"): ([0], [0])})
-    with pytest.raises(DataError, match="to_homogeneous"):
+    with pytest.raises(DataError, match="is heterogeneous: node types .*to_homogeneous"):
         ingest_dgl(hetero, tmp_path / "o", IngestOptions(), host_memory=MEMORY)
 
 
@@ -257,3 +261,178 @@ def test_pyg_data(tmp_path: Path) -> None:
         ingest_pyg(item, tmp_path / "o3", IngestOptions(), host_memory=MEMORY)
     with pytest.raises(DataError, match="no x and no edge_index"):
         ingest_pyg(pyg.Data(), tmp_path / "o4", IngestOptions(), host_memory=MEMORY)
+
+
+def _pyg(**changes: Any) -> Any:
+    """A PyG `Data` of the graph, with attributes changed, or dropped where None."""
+    pyg, data = pytest.importorskip("torch_geometric.data"), graph()
+    given: dict[str, Any] = {
+        "x": torch.from_numpy(data["features"]),
+        "edge_index": torch.from_numpy(data["edge_index"]),
+        "y": torch.from_numpy(data["labels"]),
+    }
+    return pyg.Data(**{name: value for name, value in (given | changes).items() if value is not None})
+
+
+def _index() -> torch.Tensor:
+    return torch.from_numpy(graph()["edge_index"])
+
+
+PYG: list[tuple[Callable[[], dict[str, Any]], str]] = [
+    (lambda: {"edge_index": _index().t()}, r"edge_index has shape \(400, 2\), wanted \(2, E\): transpose it"),
+    (lambda: {"edge_index": _index()[:, :3].t()}, r"edge_index has shape \(3, 2\)"),
+    (lambda: {"edge_index": _index().float()}, r"edge_index\[0\] holds float32; node ids are integers"),
+    (lambda: {"edge_index": _index().flatten()}, r"edge_index has shape \(800,\)"),
+    (lambda: {"edge_index": _index() + 1}, "is no node; ids go from 0 to 89"),
+    (lambda: {"x": torch.eye(N).to_sparse()}, r"x is a sparse tensor .*; give pyg x.to_dense\(\)"),
+    (lambda: {"x": torch.zeros(N)}, "x has shape .*wanted nodes by features"),
+    (lambda: {"x": torch.zeros(N, 2, dtype=torch.complex64)}, "features are of type complex64"),
+    (lambda: {"y": torch.zeros(1)}, "y has 1 rows, the features have 90"),
+    (lambda: {"y": torch.tensor(3)}, "y has no rows"),
+    (lambda: {"y": torch.zeros(N, 2, 2)}, "y has shape"),
+    (lambda: {"y": torch.rand(N)}, "row 0: label 0.* is no whole number"),
+    (lambda: {"edge_weight": torch.ones(3)}, "edge_weight has 3 rows"),
+    (lambda: {"edge_weight": torch.ones(E, 2)}, r"edge_weight has shape \(400, 2\); an edge has one weight"),
+    (lambda: {"edge_weight": -torch.ones(E)}, "row 0: weight -1.0 is negative"),
+    (lambda: {"train_mask": torch.ones(N, 10, dtype=torch.bool)}, r"shape \(90, 10\); choose one split"),
+    (lambda: {"train_mask": torch.ones(4, dtype=torch.bool)}, "train_mask has 4 rows"),
+    (lambda: {"edge_index": None, "adj_t": 1}, "no edge_index; it has .*'adj_t'.*to_edge_index"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PYG)
+def test_pyg_data_of_other_shapes_is_refused(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ingest_pyg(_pyg(**changes()), tmp_path / "out", IngestOptions(), host_memory=MEMORY)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_pyg_data_may_hold_columns_views_and_arrays(tmp_path: Path) -> None:
+    data = graph()
+    item = _pyg(
+        x=torch.from_numpy(data["features"]).clone().requires_grad_(),
+        y=torch.from_numpy(data["labels"])[:, None],
+        edge_weight=torch.from_numpy(data["edge_weights"])[:, None],
+        train_mask=torch.from_numpy(np.isin(np.arange(N), data["train_ids"]))[:, None],
+        validation_mask=np.isin(np.arange(N), data["val_ids"]).astype(np.float64),
+        test_mask=np.isin(np.arange(N), data["test_ids"]).astype(np.int8),
+    )
+    check(ingest_pyg(item, tmp_path / "out", IngestOptions(), host_memory=MEMORY), data)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_the_remedy_for_adj_t_works(tmp_path: Path) -> None:
+    utils = pytest.importorskip("torch_geometric.utils")
+    data = graph()
+    pairs = np.unique(data["edge_index"].T, axis=0).T  # a sparse matrix holds an edge once
+    src, dst = torch.from_numpy(pairs.copy())
+    item = _pyg(edge_index=None, adj_t=torch.sparse_coo_tensor(torch.stack([dst, src]), torch.ones(len(src)), (N, N)))
+    with pytest.raises(
+        DataError, match=r"data.edge_index = torch_geometric.utils.to_edge_index\(data.adj_t\)"
+    ) as caught:
+        ingest_pyg(item, tmp_path / "out", IngestOptions(), host_memory=MEMORY)
+    item.adj_t = item.adj_t.coalesce()
+    remedy = str(caught.value).split("give data.edge_index = torch_geometric.utils.")[1]
+    item.edge_index = eval(f"utils.{remedy}", {"utils": utils, "data": item})
+    check(
+        ingest_pyg(item, tmp_path / "out", IngestOptions(), host_memory=MEMORY),
+        data | {"edge_index": pairs},
+        weights=False,
+        splits=False,
+    )
+
+
+def test_what_objects_have_beside_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = _pyg(edge_attr=torch.ones(E, 3), pos=torch.ones(N, 2), time=torch.zeros(E))
+    ingest_pyg(item, tmp_path / "pyg", IngestOptions(), host_memory=MEMORY)
+    assert "attributes of the PyG data that are not used: edge_attr, pos, time" in caplog.text
+    dgl = pytest.importorskip("dgl")
+    g = dgl.graph(tuple(_index()), num_nodes=N)
+    g.ndata.update({"feat": torch.zeros(N, 2), "year": torch.zeros(N)})
+    g.edata["h"] = torch.zeros(E)
+    ingest_dgl(g, tmp_path / "dgl", IngestOptions(), host_memory=MEMORY)
+    assert "ndata of the DGL graph that are not used: year" in caplog.text
+    assert "edata of the DGL graph that are not used: h" in caplog.text
+    g.edata.update({"w": torch.ones(E), "weight": torch.ones(E)})
+    with pytest.raises(DataError, match="both mean the weight; keep one"):
+        ingest_dgl(g, tmp_path / "dgl2", IngestOptions(), host_memory=MEMORY)
+
+
+def test_heterogeneous_graphs_are_refused_as_such(tmp_path: Path) -> None:
+    pyg, dgl = pytest.importorskip("torch_geometric.data"), pytest.importorskip("dgl")
+    hetero = pyg.HeteroData()
+    hetero["a"].x = torch.zeros(2, 2)
+    hetero["a", "to", "a"].edge_index = torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(DataError, match=r"PyG data is heterogeneous: node types \['a'\]"):
+        ingest_pyg(hetero, tmp_path / "o", IngestOptions(), host_memory=MEMORY)
+    two = dgl.heterograph({("a", "to", "a"): ([0], [0]), ("a", "of", "a"): ([0], [0])})
+    with pytest.raises(DataError, match=r"DGL graph is heterogeneous: node types \['a'\], edge types \['of', 'to'\]"):
+        ingest_dgl(two, tmp_path / "o", IngestOptions(), host_memory=MEMORY)
+    for name in ("num-node-dict.csv.gz", "triplet-type-list.csv.gz", "relations", "edge_index_dict.npz"):
+        (tmp_path / "ogbn_mag" / name / "raw" / name).mkdir(parents=True)
+        with pytest.raises(DataError, match="is heterogeneous"):
+            ingest_ogb(tmp_path / "ogbn_mag" / name, tmp_path / "o", IngestOptions(), host_memory=MEMORY)
+
+
+def _pairs(store: GraphStore) -> list[tuple[int, int]]:
+    dst = np.repeat(np.arange(store.num_nodes), np.diff(store.indptr))
+    return sorted(zip(store.indices.tolist(), dst.tolist(), strict=True))
+
+
+def test_ogb_adds_the_reverse_edges_that_its_loader_adds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = graph()
+    src, dst = data["edge_index"].tolist()
+    wanted = sorted([*zip(src, dst, strict=True), *zip(dst, src, strict=True)])  # as OGB: loops and duplicates stay
+    for name, adds in (("ogbn_products", True), ("products", True), ("ogbn-proteins", True), ("ogbn_arxiv", False)):
+        folder = ogb_csv(tmp_path / name, data)
+        store = ingest_ogb(folder, tmp_path / f"{name}.out", IngestOptions(), host_memory=MEMORY)
+        assert _pairs(store) == (wanted if adds else sorted(zip(src, dst, strict=True)))
+    assert "add_inverse_edge" not in caplog.text
+    merged = ingest_ogb(tmp_path / "products", tmp_path / "merged", IngestOptions(undirected=True), host_memory=MEMORY)
+    assert _pairs(merged) == sorted(set(wanted))
+    own = ingest_ogb(ogb_csv(tmp_path / "mine", data), tmp_path / "own.out", IngestOptions(), host_memory=MEMORY)
+    assert own.num_edges == E and "give --set undirected=true" in caplog.text
+    (tmp_path / "master.csv").write_text(",ogbn-mine,ogbn-other\nadd_inverse_edge,True,False\n")
+    said = ingest_ogb(tmp_path / "mine", tmp_path / "said.out", IngestOptions(), host_memory=MEMORY)
+    assert _pairs(said) == wanted
+
+
+def test_ogb_splits_that_are_pickled_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    data = graph()
+    folder = ogb_csv(tmp_path / "in", data)
+    scheme = folder / "split" / "time"
+    for path in scheme.iterdir():
+        path.unlink()
+    splits = {"train": data["train_ids"], "valid": torch.from_numpy(data["val_ids"].copy()), "test": data["test_ids"]}
+    torch.save(splits, scheme / "split_dict.pt")
+    with pytest.raises(DataError, match="split_dict.pt is a pickle, which is not read") as caught:
+        ingest_ogb(folder, tmp_path / "out", IngestOptions(), host_memory=MEMORY)
+    remedy = str(caught.value).split("python -c ")[1].strip('"')
+    subprocess.run([sys.executable, "-c", remedy], check=True)
+    check(ingest_ogb(folder, tmp_path / "out", IngestOptions(), host_memory=MEMORY), data, weights=False)
+
+
+def test_odd_ogb_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = graph()
+    folder = ogb_csv(tmp_path / "in", data | {"test_ids": np.array([], np.int64)})
+    _csv(folder / "raw" / "edge-feat.csv.gz", np.ones((E, 2)))
+    _csv(folder / "raw" / "node_year.csv.gz", np.ones((N, 1)))
+    store = ingest_ogb(folder, tmp_path / "out", IngestOptions(), host_memory=MEMORY)
+    assert len(store.split_ids("test")) == 0 and "no node is in split test" in caplog.text
+    assert "that are not used: edge-feat.csv.gz, node_year.csv.gz" in caplog.text
+    (folder / "raw" / "node-feat.csv.gz").unlink()  # as of ogbn-proteins
+    with pytest.raises(DataError, match="node-feat.csv.gz is missing; .* has "):
+        ingest_ogb(folder, tmp_path / "o2", IngestOptions(), host_memory=MEMORY)
+    (tmp_path / "npz" / "raw").mkdir(parents=True)
+    for changes, message in (
+        ({"edge_index": data["edge_index"].T.copy()}, r"edge_index has shape \(400, 2\), wanted \(2, E\)"),
+        ({"node_feat": np.array(None)}, "node_feat cannot be read .*holds objects"),
+        ({"node_feat": np.asfortranarray(data["features"])}, "Fortran order; save numpy.ascontiguousarray"),
+    ):
+        arrays: dict[str, Any] = {"node_feat": data["features"], "edge_index": data["edge_index"]} | changes
+        np.savez(tmp_path / "npz" / "raw" / "data.npz", **arrays)
+        with pytest.raises(DataError, match=message):
+            ingest_ogb(tmp_path / "npz", tmp_path / "o3", IngestOptions(), host_memory=MEMORY)
+    np.savez(tmp_path / "npz" / "raw" / "data.npz", edge_feat=np.ones(E), **{**arrays, "node_feat": data["features"]})
+    store = ingest_ogb(tmp_path / "npz", tmp_path / "o4", IngestOptions(), host_memory=MEMORY)
+    assert "edge_feat is not used" in caplog.text and store.meta.num_classes == 0
