@@ -45,12 +45,12 @@ def quickstart(
 
 @app.command
 def ingest(
-    source: Path,
+    source: str,
     out: str,
     *,
     format: Literal["auto", "parquet", "npy", "ogb"] = "auto",
-    nodes: Path | None = None,
-    edges: Path | None = None,
+    nodes: str | None = None,
+    edges: str | None = None,
     set: list[str] | None = None,
     host_memory: str = "1GiB",
     stage_dir: Path | None = None,
@@ -64,8 +64,8 @@ def ingest(
         format: What the source is; auto looks at its files.
         nodes: Node table (file or folder of files) if it is not source/nodes.parquet.
         edges: Edge table if it is not source/edges.parquet.
-        set: An ingest option: --set undirected=true, --set self_loops=add, --set deduplicate=true,
-            --set feature_dtype=float16; `penstock inspect --ingest-options` lists them.
+        set: An ingest option: --set undirected=true, --set self_loops=add, --set feature_norm=row,
+            --set remap_labels=true; `penstock inspect --ingest-options` lists them.
         host_memory: Bytes that ingest may use.
         stage_dir: Local folder where a store for a URI is built.
         quiet: No progress.
@@ -211,7 +211,13 @@ def infer(
 
 @app.command
 def inspect(
-    path: str, *, validate: bool = False, seal: bool = False, json: bool = False, stage_dir: Path | None = None
+    path: str | None = None,
+    *,
+    validate: bool = False,
+    seal: bool = False,
+    json: bool = False,
+    stage_dir: Path | None = None,
+    ingest_options: bool = False,
 ) -> None:
     """Say what a folder is (graph store, trace, packs, run) and what it holds.
 
@@ -221,7 +227,14 @@ def inspect(
         seal: Add checksums of blocks to a graph store of an earlier release, after reading everything.
         json: Print JSON instead of a table.
         stage_dir: Local folder for copies of remote data.
+        ingest_options: List what `penstock ingest --set` takes, instead of looking at a folder.
     """
+    if ingest_options:
+        from penstock.data_verbs import print_ingest_options
+
+        return print_ingest_options(as_json=json)
+    if path is None:
+        raise ValueError("give the folder to inspect, or --ingest-options")
     from penstock.inspection import run_inspect
 
     run_inspect(path, validate=validate, seal=seal, as_json=json, stage_dir=stage_dir)

@@ -1,8 +1,12 @@
 """What `penstock ingest` and `penstock generate` do: make a graph store, print what it holds."""
 
+import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,12 +34,50 @@ def _options(model: type[Options], overrides: Iterable[str], **given: Any) -> Op
         raise ValueError(explain(error, model)) from error
 
 
+_FORMATS = "formats are Parquet (nodes.parquet and edges.parquet), NumPy (features.npy, ...) and OGB (raw/, split/)"
+
+
+def _local_source(source: Path | str, what: str) -> Path:
+    """The path of a source; DataError where it is remote, or nowhere."""
+    if isinstance(source, str) and source.startswith("file://"):
+        source = Path(url2pathname(urlsplit(source).path))
+    if is_uri(source):
+        raise DataError(
+            f'{source} is remote, and {what} are read from local folders; copy them first: python -c "import fsspec; '
+            f"files, path = fsspec.core.url_to_fs('{source}'); files.get(path, 'tables', recursive=True)\""
+        )
+    path = Path(source)
+    if not path.exists():
+        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
+        raise DataError(f"{path} does not exist{hint}")
+    return path
+
+
 def _detect(source: Path) -> SourceFormat:
+    """Which format a folder has; Parquet where nothing else is found."""
+    if (source / "nodes.parquet").exists():
+        return "parquet"
     if (source / "raw").is_dir() or (source / "mapping").is_dir():
         return "ogb"
-    if any(source.glob("*.npy")):
-        return "npy"
-    return "parquet"
+    return "npy" if any(source.glob("*.npy")) else "parquet"
+
+
+def _tables(source: Path, nodes: Path | str | None, edges: Path | str | None) -> tuple[Path, Path]:
+    """The node and the edge table; DataError that says what the folder has where one is not there."""
+    found = []
+    for kind, given in (("nodes", nodes), ("edges", edges)):
+        path = source / f"{kind}.parquet" if given is None else _local_source(given, "tables")
+        if given is None and not path.exists():
+            there = (
+                sorted(entry.name for entry in source.iterdir())[:20] if source.is_dir() else "no entries: it is a file"
+            )
+            raise DataError(
+                f"{source} has no {kind}.parquet; it has {there}; {_FORMATS}; give --{kind} for a table of another name"
+            )
+        found.append(path)
+    return found[0], found[1]
 
 
 def _show_graph(graph: GraphStore) -> None:
@@ -51,22 +93,48 @@ def _show_graph(graph: GraphStore) -> None:
     )
 
 
+def _only_parquet(format: SourceFormat) -> SourceFormat:
+    if format in ("npy", "ogb"):
+        raise ValueError(f"--nodes and --edges name Parquet tables, and --format is {format}; drop one or the other")
+    return "parquet"
+
+
+def print_ingest_options(*, as_json: bool) -> None:
+    """`penstock inspect --ingest-options`: what `ingest --set` takes."""
+    found = {
+        name: {
+            "default": field.default,
+            "choices": get_args(field.annotation) if get_origin(field.annotation) is Literal else None,
+            "help": field.description,
+        }
+        for name, field in IngestOptions.model_fields.items()
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, option in found.items():
+        default = json.dumps(option["default"]).strip('"')
+        others = " | ".join(choice for choice in option["choices"] or () if choice != default)
+        print(f"{name}={default}{' | ' + others if others else ''}\n    {option['help']}")
+
+
 def run_ingest(
-    source: Path,
+    source: Path | str,
     out: Path | str,
     *,
     stage_dir: Path | None = None,
     format: SourceFormat,
-    nodes: Path | None,
-    edges: Path | None,
+    nodes: Path | str | None,
+    edges: Path | str | None,
     options: Iterable[str],
     host_memory: str,
     quiet: bool,
 ) -> None:
     """`penstock ingest`; a store at a URI is built locally, then uploaded."""
     chosen = _options(IngestOptions, options)
-    if not source.exists():
-        raise DataError(f"{source} does not exist; give the folder with the tables")
+    source = _local_source(source, "tables")
+    if nodes is not None or edges is not None:
+        format = _only_parquet(format)
     format = _detect(source) if format == "auto" else format
     budget = parse_bytes(host_memory)
     uri = str(out) if is_uri(out) else None
@@ -75,8 +143,7 @@ def run_ingest(
     out = Path(out) if uri is None else local_copy(uri, "built", stage_dir)
     with progress(quiet=quiet) as show:
         if format == "parquet":
-            tables = (nodes or source / "nodes.parquet", edges or source / "edges.parquet")
-            graph = ingest_parquet(*tables, out, chosen, host_memory=budget, progress=show)
+            graph = ingest_parquet(*_tables(source, nodes, edges), out, chosen, host_memory=budget, progress=show)
         else:
             read = ingest_npy if format == "npy" else ingest_ogb
             graph = read(source, out, chosen, host_memory=budget, progress=show)

@@ -1,0 +1,121 @@
+"""`penstock ingest` as a user meets it: what it says of folders that are no source, and what `--help` promises."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from penstock.__main__ import app
+from penstock.data_verbs import run_ingest
+from penstock.storage.errors import DataError
+from penstock.storage.graph import open_graph
+from penstock.storage.ingest import IngestOptions
+
+
+def _tables(folder: Path, nodes: str = "nodes.parquet", edges: str = "edges.parquet") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": range(4), "feature": [[1.0, 2.0]] * 4}), folder / nodes)
+    pq.write_table(pa.table({"src": [0, 1], "dst": [1, 2]}), folder / edges)
+    return folder
+
+
+def call(*words: str) -> None:
+    app(list(words), exit_on_error=False, print_error=True, result_action="return_value")
+
+
+def ingest(source: Path | str, *options: str) -> None:
+    call("ingest", str(source), *options, "--quiet")
+
+
+def test_what_a_folder_has_instead_is_said(tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "nodes.csv").write_text("id,feature\n")
+    with pytest.raises(
+        DataError, match=r"csv has no nodes.parquet; it has \['nodes.csv'\]; formats are Parquet .*NumPy"
+    ):
+        ingest(tmp_path / "csv", str(tmp_path / "g"))
+    half = _tables(tmp_path / "half", edges="links.parquet")
+    with pytest.raises(DataError, match=r"half has no edges.parquet; .*links.parquet.*give --edges"):
+        ingest(half, str(tmp_path / "g"))
+    ingest(half, str(tmp_path / "g"), "--edges", str(half / "links.parquet"))  # the remedy
+    assert open_graph(tmp_path / "g").num_edges == 2
+    with pytest.raises(DataError, match="has no edges.parquet; it has no entries: it is a file"):
+        ingest(half / "links.parquet", str(tmp_path / "h"), "--nodes", str(half / "nodes.parquet"))
+    with pytest.raises(DataError, match="halff does not exist; did you mean .*half?"):
+        ingest(tmp_path / "halff", str(tmp_path / "h"))
+    with pytest.raises(ValueError, match="--nodes and --edges name Parquet tables, and --format is npy"):
+        ingest(half, str(tmp_path / "h"), "--format", "npy", "--edges", "x")
+
+
+def test_tables_beside_a_raw_folder_are_tables(tmp_path: Path) -> None:
+    folder = _tables(tmp_path / "in")
+    (folder / "raw").mkdir()
+    ingest(folder, str(tmp_path / "g"))
+    assert open_graph(tmp_path / "g").meta.source == "parquet"
+
+
+def test_a_remote_source_is_said_to_be_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="s3://bucket/tables is remote, and tables are read from local folders"):
+        ingest("s3://bucket/tables", str(tmp_path / "g"))
+    with pytest.raises(DataError, match="gs://b/e.parquet is remote"):
+        ingest(_tables(tmp_path / "t"), str(tmp_path / "g"), "--edges", "gs://b/e.parquet")
+    ingest(f"file://{tmp_path / 't'}", str(tmp_path / "g"))  # local after all
+    assert open_graph(tmp_path / "g").num_nodes == 4
+
+
+def test_the_remedy_for_a_remote_source_works(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    uri = f"local://{_tables(tmp_path / 'far')}"
+    with pytest.raises(DataError, match="is remote") as caught:
+        ingest(uri, str(tmp_path / "g"))
+    words = shlex.split(str(caught.value).split("copy them first: ")[1])
+    assert words[:2] == ["python", "-c"]
+    subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, check=True)
+    ingest(tmp_path / "tables", str(tmp_path / "g"))
+    assert open_graph(tmp_path / "g").num_nodes == 4
+
+
+def test_all_options_are_listed_with_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    call("ingest", "--help")
+    assert "--ingest-options" in capsys.readouterr().out
+    call("inspect", "--ingest-options")
+    listed = capsys.readouterr().out
+    call("inspect", "--ingest-options", "--json")
+    as_json = json.loads(capsys.readouterr().out)
+    assert set(as_json) == set(IngestOptions.model_fields)
+    for name, option in as_json.items():
+        assert f"{name}=" in listed and option["help"] in listed
+    assert as_json["feature_norm"]["choices"] == ["none", "row", "standard"]
+    with pytest.raises(ValueError, match="give the folder to inspect, or --ingest-options"):
+        call("inspect")
+
+
+def test_every_option_is_in_the_documents() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
+    assert [name for name in IngestOptions.model_fields if f"`{name}`" not in docs.read_text()] == []
+
+
+def test_options_reach_the_store(tmp_path: Path) -> None:
+    folder = tmp_path / "npy"
+    folder.mkdir()
+    arrays = {"features": np.ones((4, 2)), "src": np.array([0]), "dst": np.array([1]), "labels": np.array(list("abba"))}
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    run_ingest(
+        folder,
+        tmp_path / "g",
+        format="auto",
+        nodes=None,
+        edges=None,
+        options=["feature_norm=row", "remap_labels=true", "split_fractions=[0.5,0.25,0.25]"],
+        host_memory="64MiB",
+        quiet=True,
+    )
+    store = open_graph(tmp_path / "g")
+    assert store.class_values == ["a", "b"] and np.unique(store.features).tolist() == [0.5]
