@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from penstock.engine.exact import LayerTable, count_layers, exact_tables
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.models import layer_forward
+from penstock.engine.outputs import Outputs
 from penstock.storage.budget import require_free_disk
 from penstock.storage.export import NodeTableWriter
 from penstock.storage.graph import GraphStore
@@ -29,22 +30,16 @@ def _choose_layer(model: nn.Module, embedding_layer: int | None) -> int:
     return layer
 
 
-def _predictions(logits: NDArray[np.float32], multi_label: bool) -> NDArray[Any]:
-    """The best class int64 [n], or whether each label applies uint8 [n, C]."""
-    return (logits > 0).astype(np.uint8) if multi_label else logits.argmax(axis=1).astype(np.int64)
-
-
-def _write(graph: GraphStore, out: Path, widths: tuple[int, int], parts: Iterator[_Part]) -> int:
+def _write(graph: GraphStore, out: Path, widths: tuple[int, int], parts: Iterator[_Part], outputs: Outputs) -> int:
     embedding_width, num_classes = widths
-    multi_label = graph.meta.multi_label
     columns = {
         "embedding": ("float32", embedding_width),
         "logits": ("float32", num_classes),
-        "prediction": ("uint8", num_classes) if multi_label else ("int64", 0),
+        "prediction": outputs.column(num_classes),
     }
     with NodeTableWriter(out, graph, columns) as writer:
         for ids, embeddings, logits in parts:
-            values = {"embedding": embeddings, "logits": logits, "prediction": _predictions(logits, multi_label)}
+            values = {"embedding": embeddings, "logits": logits, "prediction": outputs.predictions(logits)}
             writer.append(ids, values)
     return writer.num_rows
 
@@ -70,12 +65,14 @@ def infer_to_parquet(
     device: torch.device | str = "cpu",
     nodes: NDArray[Any] | None = None,
     embedding_layer: int | None = None,
+    outputs: Outputs | None = None,
     progress: Progress = silent,
 ) -> int:
     """Write `id, embedding, logits, prediction` for `nodes` (ascending; all by default), exact over all neighbours.
 
     The embedding is the output of layer `embedding_layer` (1 is the first), by default the last but one, or the logits
     where the model has one layer. Returns the number of rows. Memory, disk and resuming are as for `exact_tables`.
+    `outputs` says what the model's outputs mean, where it was trained on another graph.
     """
     layer = _choose_layer(model, embedding_layer)
     nodes = None if nodes is None else np.unique(nodes)
@@ -93,7 +90,7 @@ def infer_to_parquet(
         num_rows = graph.num_nodes if nodes is None else len(nodes)
         require_free_disk(out.parent, num_rows * 4 * (embeddings.width + logits.width), f"the node table {out.name}")
         parts = _table_parts(embeddings, logits, nodes, graph.num_nodes)
-        return _write(graph, out, (embeddings.width, logits.width), parts)
+        return _write(graph, out, (embeddings.width, logits.width), parts, outputs or Outputs.of(graph))
 
 
 @torch.no_grad()
@@ -110,7 +107,7 @@ def infer_feed_to_parquet(
         if first is None:
             raise ValueError("the feed has no items, so there is nothing to write; choose a split that has nodes")
         widths = (first[1].shape[1], first[2].shape[1])
-        return _write(graph, out, widths, _chain(first, parts))
+        return _write(graph, out, widths, _chain(first, parts), Outputs.of(graph))
     finally:
         model.train(was_training)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from penstock.engine.checkpoint import pack_tensors, read_tensors
 from penstock.engine.models import ModelConfig, build_model
+from penstock.engine.outputs import Outputs
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import checksum_file, read_json, write_atomic, write_json
 
@@ -27,6 +28,7 @@ class TrainedModel:
     num_features: int
     num_classes: int
     fanouts: tuple[int, ...]
+    outputs: dict[str, Any] | None
     extra: dict[str, Any]
 
 
@@ -38,6 +40,7 @@ def save_model(
     num_features: int,
     num_classes: int,
     fanouts: tuple[int, ...],
+    outputs: Outputs | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model.safetensors`, then `model.json`, each atomically; `extra` is JSON kept beside them."""
@@ -51,6 +54,7 @@ def save_model(
         "num_classes": num_classes,
         "fanouts": list(fanouts),
         "xxh3": xxhash.xxh3_64_hexdigest(data),
+        "outputs": None if outputs is None else outputs.to_json(),
         "extra": dict(extra or {}),
     }
     write_atomic(folder / "model.safetensors", data)
@@ -77,5 +81,6 @@ def load_model(folder: Path) -> TrainedModel:
         num_features=value["num_features"],
         num_classes=value["num_classes"],
         fanouts=tuple(value["fanouts"]),
+        outputs=value.get("outputs"),
         extra=value["extra"],
     )

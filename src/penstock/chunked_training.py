@@ -20,6 +20,7 @@ from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
 from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
+from penstock.engine.outputs import Outputs
 from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.observation import Observation
 from penstock.report import draw_curves
@@ -126,6 +127,7 @@ def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
         num_features=meta.num_features,
         num_classes=meta.num_classes,
         fanouts=(-1,) * len(model.layers),  # type: ignore[arg-type]  # a ModuleList
+        outputs=Outputs.of(run.graph),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]

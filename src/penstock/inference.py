@@ -7,6 +7,7 @@ import yaml
 
 from penstock.engine.infer import infer_to_parquet
 from penstock.engine.modelfile import load_model
+from penstock.engine.outputs import Outputs
 from penstock.locations import local_dataset, local_output, local_run
 from penstock.storage.budget import available_memory, num_threads
 from penstock.storage.errors import DataError
@@ -34,8 +35,9 @@ def infer(
 
     Run, file and dataset may be URIs: what is read is copied to `stage_dir` first, the file is uploaded at the end.
     Layer tables are kept in a folder of this call in `run_dir/exact` until the file is there; the same command
-    continues a killed one, with the same host memory. DataError where the run has no model, or the graph has other
-    features than the model was trained on.
+    continues a killed one, with the same host memory. Predictions are labels as the graph of the training had them.
+    DataError where the run has no model, or the graph has other features than the model was trained on, or features
+    normalised otherwise.
     """
     run_dir, _ = local_run(run_dir, stage_dir)
     if not (run_dir / "model" / "model.json").is_file():
@@ -49,6 +51,8 @@ def infer(
             f"{graph.path} has {graph.meta.num_features} features per node, the model wants {trained.num_features}; "
             "give the dataset that it was trained on"
         )
+    outputs = Outputs.from_json(trained.outputs, graph)
+    outputs.check_features(graph)
     with local_output(out) as path:
         num_rows = infer_to_parquet(
             trained.model,
@@ -58,6 +62,7 @@ def infer(
             host_memory=_default_memory() if host_memory is None else host_memory,
             threads=threads or num_threads(),
             nodes=None if split == "all" else graph.split_ids(split),
+            outputs=outputs,
             progress=progress,
         )
     return {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": "all neighbours"}

@@ -15,6 +15,7 @@ from penstock.cluster.feeder_pool import open_feeder_processes
 from penstock.engine.adapters import require
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.modelfile import save_model
+from penstock.engine.outputs import Outputs
 from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.observation import Observation
 from penstock.replica import OPEN_REPLICA, ReplicaReport
@@ -118,6 +119,7 @@ def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, An
         num_features=meta.num_features,
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
+        outputs=Outputs.of(run.graph),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     trained, reports = found.trained, found.reports

@@ -17,6 +17,7 @@ from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
+from penstock.engine.outputs import Outputs
 from penstock.engine.trainer import Stopped, Trainer, TrainResult, check_device
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.observation import Observation, observed
@@ -151,6 +152,7 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
         num_features=meta.num_features,
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
+        outputs=Outputs.of(run.graph),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
