@@ -5,6 +5,7 @@ Layout of `manifest.json`: `{"format": "penstock/graph", "version": 1, "meta": {
 refused. It is written last: temporary file, fsync, rename, fsync of the folder.
 """
 
+import difflib
 import json
 import os
 import threading
@@ -74,12 +75,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+def near_miss(path: Path) -> str:
+    """What to say of a path that is not there: the entry beside it that it may have meant."""
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; FormatError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FormatError(f"{path} does not exist: the folder is not complete; run the step that writes it") from error
+        if not path.parent.is_dir():
+            raise FormatError(f"{path.parent} does not exist{near_miss(path.parent)}") from error
+        raise FormatError(
+            f"{path} does not exist: the folder is not complete, or none of ours; run the step that writes it, or check "
+            "the path"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FormatError(
             f"{path} cannot be read ({error}); it is damaged: delete the folder and rebuild it"

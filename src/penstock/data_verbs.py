@@ -1,6 +1,5 @@
 """What `penstock ingest` and `penstock generate` do: make a graph store, print what it holds."""
 
-import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from penstock.storage.errors import DataError
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy, ingest_ogb, ingest_parquet
+from penstock.storage.manifest import near_miss
 from penstock.storage.remote.config import is_uri, local_copy
 from penstock.storage.remote.files import open_remote
 
@@ -48,10 +48,7 @@ def _local_source(source: Path | str, what: str) -> Path:
         )
     path = Path(source)
     if not path.exists():
-        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, there, 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
-        raise DataError(f"{path} does not exist{hint}")
+        raise DataError(f"{path} does not exist{near_miss(path)}")
     return path
 
 

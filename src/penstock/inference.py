@@ -12,6 +12,7 @@ from penstock.locations import local_dataset, local_output, local_run
 from penstock.storage.budget import available_memory, num_threads
 from penstock.storage.errors import DataError
 from penstock.storage.graph import Split, open_graph
+from penstock.storage.manifest import near_miss
 from penstock.storage.progress import Progress, silent
 
 
@@ -40,6 +41,8 @@ def infer(
     normalised otherwise.
     """
     run_dir, _ = local_run(run_dir, stage_dir)
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} does not exist{near_miss(run_dir)}")
     if not (run_dir / "model" / "model.json").is_file():
         raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")

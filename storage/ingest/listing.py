@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from penstock.storage.errors import DataError
+from penstock.storage.manifest import near_miss
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def list_parts(kind: str, paths: Path | str | list[Path]) -> list[Part]:
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         if not path.exists():
-            raise DataError(f"{path}, the {kind} table, does not exist; check the path{_nearby(path)}")
+            raise DataError(f"{path}, the {kind} table, does not exist{near_miss(path)}")
         found += _folder_parts(kind, path) if path.is_dir() else [Part(path=path, keys={})]
     if not found:
         raise DataError(f"{paths} holds no .parquet file for the {kind} table")
@@ -45,11 +46,6 @@ def list_parts(kind: str, paths: Path | str | list[Path]) -> list[Part]:
     if len(names) > 1:
         raise DataError(f"{paths}: files of the {kind} table are partitioned differently, by {sorted(names)}; use one")
     return found
-
-
-def _nearby(path: Path) -> str:
-    entries = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-    return f": {path.parent} has {entries[:20]}" if entries else ""
 
 
 def _folder_parts(kind: str, folder: Path) -> list[Part]:

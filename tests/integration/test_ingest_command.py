@@ -119,3 +119,15 @@ def test_options_reach_the_store(tmp_path: Path) -> None:
     )
     store = open_graph(tmp_path / "g")
     assert store.class_values == ["a", "b"] and np.unique(store.features).tolist() == [0.5]
+
+
+def test_a_mistyped_path_is_said_to_be_one(tmp_path: Path) -> None:
+    ingest(_tables(tmp_path / "tables"), str(tmp_path / "graph"))
+    with pytest.raises(DataError, match=r"grpah does not exist; did you mean .*graph\?"):
+        open_graph(tmp_path / "grpah")
+    with pytest.raises(DataError, match=r"grpah does not exist; did you mean .*graph\?"):
+        call("inspect", str(tmp_path / "grpah"))
+    with pytest.raises(DataError, match="nowhere does not exist; check the path"):
+        call("infer", str(tmp_path / "nowhere"), str(tmp_path / "out.parquet"))
+    with pytest.raises(DataError, match="manifest.json does not exist: the folder is not complete, or none of ours"):
+        open_graph(tmp_path / "tables")
