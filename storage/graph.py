@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ FEATURES, FEATURE_SUMS = "features.npy", "features.sums.npy"
 logger = logging.getLogger(__name__)
 _UNSEALED: set[Path] = set()  # stores that the log has named
 ORIGINAL_IDS_GROUP = 1 << 16  # strings per row group of original_ids.parquet
+_STRINGS_BYTES = 16 << 20  # of decoded row groups that are kept, some ten of them
 CLASSES_FILE, NORM_FILE = "classes.parquet", "feature_norm.npy"
 UNKNOWN_FLAG = 255  # in every column of a multi-label row whose labels are unknown
 FeatureNorm = Literal["none", "row", "standard"]
@@ -84,6 +86,7 @@ class GraphStore:
     def __init__(self, path: Path, manifest: Manifest, meta: GraphMeta) -> None:
         self.path, self.manifest, self.meta = path, manifest, meta
         self.row_format = RowFormat(dtype=meta.feature_dtype, width=meta.num_features)
+        self._string_groups: dict[int, pa.Array] = {}
 
     @property
     def num_nodes(self) -> int:
@@ -209,14 +212,22 @@ class GraphStore:
         if self.meta.original_ids == "int64":
             return self._map("original_ids.npy")[node_ids]
         groups = node_ids // ORIGINAL_IDS_GROUP
-        out: list[str] = [""] * len(node_ids)
+        out = np.empty(len(node_ids), object)
         for group in np.unique(groups).tolist():
             places = np.flatnonzero(groups == group)
-            strings = self._original_strings.read_row_group(group, columns=["id"]).column("id")
-            taken = strings.take(node_ids[places] - group * ORIGINAL_IDS_GROUP).to_pylist()
-            for place, text in zip(places.tolist(), taken, strict=True):
-                out[place] = text
-        return out
+            taken = self._string_group(group).take(node_ids[places] - group * ORIGINAL_IDS_GROUP)
+            out[places] = taken.to_numpy(zero_copy_only=False)
+        return out.tolist()
+
+    def _string_group(self, group: int) -> pa.Array:
+        """A row group of the user's ids; those used last stay decoded, since callers ask for few ids at a time."""
+        found = self._string_groups.pop(group, None)
+        if found is None:
+            found = self._original_strings.read_row_group(group, columns=["id"]).column("id").combine_chunks()
+        self._string_groups[group] = found  # the youngest is last
+        while len(self._string_groups) > 1 and sum(g.nbytes for g in self._string_groups.values()) > _STRINGS_BYTES:
+            del self._string_groups[next(iter(self._string_groups))]
+        return found
 
     @cached_property
     def _original_strings(self) -> Any:

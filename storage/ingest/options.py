@@ -59,7 +59,7 @@ class IngestOptions(BaseModel):
         if len(given) > 1:
             raise ValueError(f"give one of {', '.join(given)}: each says where the features are")
         if self.split_fractions is not None:
-            if min(self.split_fractions) < 0 or sum(self.split_fractions) > 1 + 1e-9:
+            if not all(0 <= part <= 1 for part in self.split_fractions) or sum(self.split_fractions) > 1 + 1e-9:
                 raise ValueError(f"split_fractions={self.split_fractions} must be at least 0 and add up to at most 1")
         return self
 

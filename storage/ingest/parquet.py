@@ -55,9 +55,10 @@ class ParquetSource:
         self.has_weights = self._edges.has(options.weight_column, wanted="weight_column" in options.model_fields_set)
         self._features = self._feature_columns()
         self.num_features = len(self._features) if self._many else self._feature_width()
-        is_multi = self.has_labels and is_list(self._nodes.types[options.label_column])
-        self.label_width = self._nodes.list_width(options.label_column) if is_multi else 0
-        if is_multi and not self.label_width:
+        self._label_lists = self.has_labels and is_list(self._nodes.types[options.label_column])
+        width = self._nodes.list_width(options.label_column) if self._label_lists else 0
+        self.label_width = 0 if width == 1 else width  # lists of one are a class, as arrays [N, 1] are
+        if self._label_lists and not width:
             raise DataError(
                 f"{self._nodes.place}: every list of {options.label_column} is null or empty; drop the column"
             )
@@ -157,8 +158,9 @@ class ParquetSource:
     def _read_labels(self, where: str, first: int, batch: pa.RecordBatch) -> LabelChunk:
         name = self._options.label_column
         column = batch.column(name)
-        if self.label_width:
-            labels: Values = read_lists(where, first, name, column, self.label_width, nulls="nan")
+        if self._label_lists:
+            lists = read_lists(where, first, name, column, self.label_width or 1, nulls="nan")
+            labels: Values = lists if self.label_width else lists.reshape(-1)
         else:
             labels = read_labels(where, first, name, column)
         return LabelChunk(where=where, first_row=first, labels=labels)

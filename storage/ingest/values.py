@@ -124,6 +124,8 @@ def first_rounded(chunk: NodeChunk, rows: NDArray[np.float32]) -> str | None:
 def whole_labels(chunk: LabelChunk) -> NDArray[np.int64]:
     """Labels as int64, -1 where missing; DataError for strings and for fractions."""
     where, first_row, labels = chunk.where, chunk.first_row, chunk.labels
+    if not isinstance(labels, np.ndarray) and labels.null_count == len(labels):
+        return np.full(len(labels), UNKNOWN, np.int64)
     if not isinstance(labels, np.ndarray) or labels.dtype.kind in "US":
         raise DataError(
             f"{where}: labels are of type string; give integers 0..C-1, or number them with --set remap_labels=true"

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from penstock.storage import graph as graph_module
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.export import NodeTableWriter
-from penstock.storage.graph import GraphStore
+from penstock.storage.graph import ORIGINAL_IDS_GROUP, GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy, ingest_parquet
 
 COLUMNS = {"embedding": ("float32", 3), "prediction": ("int64", 0)}
@@ -93,3 +94,21 @@ def test_a_full_disk_is_clear(small_disk: Path, tiny_graph: GraphStore) -> None:
                 rows = np.random.default_rng(seed).random((len(ids), 8), np.float32)
                 writer.append(ids, {"x": rows})
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20, 16 << 20])
+def test_string_ids_in_any_order(tmp_path: Path, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row groups that are decoded stay so within a bound, and what is read does not depend on it."""
+    num_nodes = 3 * ORIGINAL_IDS_GROUP + 5
+    names = np.array([f"node/{n}" for n in np.random.default_rng(0).permutation(num_nodes)])
+    nodes = pa.table({"id": names, "feature": np.zeros(num_nodes, np.float32)})
+    pq.write_table(nodes, tmp_path / "n.parquet")
+    pq.write_table(pa.table({"src": names[:2], "dst": names[1:3]}), tmp_path / "e.parquet")
+    tables = tmp_path / "n.parquet", tmp_path / "e.parquet"
+    store = ingest_parquet(*tables, tmp_path / "g", IngestOptions(), host_memory=64 << 20)
+    monkeypatch.setattr(graph_module, "_STRINGS_BYTES", kept_bytes)
+    order = np.random.default_rng(1).permutation(num_nodes)
+    for lo in range(0, 9000, 3000):
+        assert store.original_ids_of(order[lo : lo + 3000]) == names[order[lo : lo + 3000]].tolist()
+    held = sum(group.nbytes for group in store._string_groups.values())
+    assert len(store._string_groups) == 1 or held <= kept_bytes

@@ -238,6 +238,19 @@ def test_multi_labels_that_are_null_are_unknown(tmp_path: Path) -> None:
     assert store.labels.tolist() == [[255] * 2, [0, 1], [1, 0], [255] * 2, [0, 0], [1, 1]]
 
 
+def test_lists_of_one_label_are_classes_and_strings_that_are_null_none(tmp_path: Path) -> None:
+    store = from_parquet(tmp_path / "in", {"labels": [[3], None, [1], [0], [2], [0]]})
+    assert store.labels.tolist() == [3, -1, 1, 0, 2, 0] and not store.meta.multi_label
+    store = from_parquet(tmp_path / "null", {"labels": pa.array([None] * N, pa.string())})
+    assert store.labels.tolist() == [-1] * N and store.meta.num_classes == 0
+
+
+@pytest.mark.parametrize("fractions", [(0.9, 0.2, 0.1), (-0.1, 0.5, 0.5), (float("nan"), 0.2, 0.1)])
+def test_fractions_that_are_none_are_refused(fractions: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least 0 and add up to at most 1"):
+        IngestOptions(split_fractions=fractions)
+
+
 def test_fractions_are_drawn_among_labelled_nodes(tmp_path: Path) -> None:
     count = 4000
     labels = np.where(np.arange(count) % 4 == 0, np.arange(count) // 4 % 3, -1)
