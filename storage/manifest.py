@@ -90,8 +90,8 @@ def read_json(path: Path) -> Any:
         if not path.parent.is_dir():
             raise FormatError(f"{path.parent} does not exist{near_miss(path.parent)}") from error
         raise FormatError(
-            f"{path} does not exist: the folder is not complete, or none of ours; run the step that writes it, or check "
-            "the path"
+            f"{path} does not exist: the folder is not complete, or none of ours; run the step that writes it, or "
+            "check the path"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FormatError(
