@@ -1,11 +1,14 @@
 """How to train."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from penstock.engine.metrics import MetricName
 from penstock.engine.optim import OptimConfig
+
+# Weights do not depend on these, so training may go on with others.
+_MAY_CHANGE = {"checkpoint_items", "checkpoint_minutes", "keep_checkpoints", "log_every", "threads"}
 
 
 class TrainConfig(OptimConfig):
@@ -32,3 +35,15 @@ class TrainConfig(OptimConfig):
     log_every: Annotated[int, Field(ge=1)] = 10
     threads: Annotated[int, Field(ge=1)] | None = None
     device: str = "cpu"
+
+    @property
+    def knows_its_end(self) -> bool:
+        """Whether the learning rate of a step depends on how many epochs there will be."""
+        return self.schedule in ("cosine", "linear")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for training to go on (JSON). The number of epochs is none of it unless the rate knows it."""
+        value = {key: item for key, item in self.model_dump(mode="json").items() if key not in _MAY_CHANGE}
+        if not self.knows_its_end:
+            del value["epochs"]
+        return {**value, "device": self.device.partition(":")[0]}

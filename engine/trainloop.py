@@ -31,8 +31,6 @@ ItemLoss = tuple[int, int, Tensor]  # step, seeds, mean loss (a scalar, on any d
 Tensors = Mapping[str, Mapping[str, Tensor]]
 _EPOCH_CHECKPOINT_S = 10.0  # epochs shorter than this are not worth a checkpoint each: it costs three fsyncs
 _MAX_PENDING = 256  # losses left on the device before they are read whatever `log_every` says
-# A resumed run may change these: its weights do not depend on them.
-_MAY_CHANGE = {"checkpoint_items", "checkpoint_minutes", "keep_checkpoints", "log_every", "threads"}
 
 
 class Workers(Protocol):
@@ -97,12 +95,12 @@ class TrainLoop:
         self._evaluates = evaluates and config.evaluate_every > 0
         self._checkpoints, self._metrics_path, self._progress = checkpoints, metrics, progress
         self._stop, self._record = stop_requested or threading.Event(), record
-        own = {key: value for key, value in config.model_dump(mode="json").items() if key not in _MAY_CHANGE}
-        self._identity = {**own, "items_per_epoch": items_per_epoch, **(identity or {})}
+        self._identity = {**config.identity(), "items_per_epoch": items_per_epoch, **(identity or {})}
         self._pending: list[ItemLoss] = []
         self._times = {"evaluate": 0.0, "checkpoint": 0.0}
         self._resumed_from = self._num_steps = self._num_seeds = 0
         self._saved_at, self._saved = time.monotonic(), (0, -1)  # step and finished epochs of the last checkpoint
+        self._is_final = False  # no checkpoint is to follow
         self._logged_at, self._logged_step = time.monotonic(), 0
 
     @property
@@ -129,7 +127,7 @@ class TrainLoop:
                         self._advance()
                         self._end_epoch()
                         self._save_if_due()
-            if self._saved != (self.state.step, self.state.epochs_done):
+            if not self._is_final and self._saved != (self.state.step, self.state.epochs_done):
                 self._save()
         return self._result()
 
@@ -201,18 +199,30 @@ class TrainLoop:
         self._read_losses()
         epoch = state.epochs_done + 1
         last = epoch == config.epochs
-        due = self._evaluates and (last or epoch % config.evaluate_every == 0)
-        if due:
+        due = self._evaluates and (last or self._is_due(epoch))
+        if due and not self._is_due(epoch):
+            self._save()  # of what comes, a run with more epochs knows nothing: it goes on from here
+            self._is_final = True
+        elif due:
             self._save_if_due()  # an evaluation may be long, and need not be repeated from far back
         found = self._run_evaluation(epoch) if due else {}
         state.losses.append(state.loss_sum / state.loss_seeds)
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
         self._write({"step": state.step, "epoch": epoch, "train_loss": state.losses[-1], **values})
         state.loss_sum, state.loss_seeds, state.epochs_done = 0.0, 0, epoch
-        patience = config.patience
-        state.stopped_early = due and patience is not None and not last and epoch - state.best_epoch >= patience
+        state.stopped_early = not last and self._has_waited_enough()
         state.finished = last or state.stopped_early
         self._logged_at = time.monotonic() if due else self._logged_at
+
+    def _is_due(self, epoch: int) -> bool:
+        """Whether an epoch that is not the last is evaluated."""
+        return self._evaluates and epoch % self.config.evaluate_every == 0
+
+    def _has_waited_enough(self) -> bool:
+        """Whether early stopping ends training after the epochs done, if they are not the last."""
+        state, patience = self.state, self.config.patience
+        waited = state.epochs_done - state.best_epoch
+        return patience is not None and self._is_due(state.epochs_done) and waited >= patience
 
     def _run_evaluation(self, epoch: int) -> Mapping[str, Metrics]:
         state, began = self.state, time.perf_counter()
@@ -273,7 +283,14 @@ class TrainLoop:
                 f"{checkpoint.path} is of another run: {values}; restore the configuration or use another folder"
             )
         position = {k: v for k, v in checkpoint.state["position"].items() if v is not None}
-        self.state = replace(TrainState(), **position)
+        self.state = state = replace(TrainState(), **position)
+        if state.step > self.total_steps:
+            raise ValueError(
+                f"{checkpoint.path} has {state.step / self.items_per_epoch:.4g} epochs behind it, epochs="
+                f"{self.config.epochs} asks for fewer; ask for more, or train from the start"
+            )
+        if state.finished and state.epochs_done < self.config.epochs:  # it had reached an end that is none any more
+            state.finished = state.stopped_early = self._has_waited_enough()
         self.workers.restore(checkpoint.tensors, checkpoint.state["scaler"])
         self._resumed_from, self._saved = self.state.step, (self.state.step, self.state.epochs_done)
         logger.info("continuing %s at step %d", checkpoint.path, self.state.step)

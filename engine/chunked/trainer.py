@@ -169,6 +169,12 @@ class ChunkedTrainer:
         if found is not None:
             self._check_identity(found.state["identity"], found.path)
             self.state = ChunkedState(**found.state["state"])
+            if self.state.epochs_done > self.train.epochs:
+                raise ValueError(
+                    f"{found.path} has {self.state.epochs_done} epochs behind it, epochs={self.train.epochs} asks for "
+                    "fewer; ask for more, or train from the start"
+                )
+            self.state.stopped_early = self.state.epochs_done < self.train.epochs and self._has_waited_enough()
         self._saved = (self.state.epochs_done, time.monotonic())
         return found
 
@@ -183,6 +189,7 @@ class ChunkedTrainer:
             self._start(found)
             while not self._finished:
                 self._epoch()
+            self._evaluate_the_end()
             weights: dict[str, Tensor] = {}
             for part in self._call("weights", [(True,)] * self.layout.num_ranks)[: self.layout.stages]:
                 weights |= part
@@ -207,7 +214,13 @@ class ChunkedTrainer:
                 restored = checkpoint.state.get("replicas", 1)
             by_rank = [self.layout.replica_of(rank) < restored for rank in range(self.layout.num_ranks)]
             self._call("load", [(checkpoint.path, has_histories) for has_histories in by_rank])
-        if self._finished or not replicas[restored:]:
+        if self._finished:
+            return
+        done = self.state.epochs_done
+        if checkpoint is not None and checkpoint.state.get("epochs") == done and self._refreshes_after(done):
+            self._exact(keep=True, splits=())  # it was the last epoch, which needs no refresh; it is the last no more
+            return
+        if not replicas[restored:]:
             return
         if checkpoint is not None or self.chunked.starts_exact:
             if checkpoint is not None:
@@ -215,6 +228,16 @@ class ChunkedTrainer:
             self._exact(keep=True, splits=(), compares=False, replicas=replicas[restored:])
         else:
             self._call("start_cold")
+
+    def _evaluate_the_end(self) -> None:
+        """Evaluate after the last epoch where that was not due anyway: a run with more epochs knows nothing of it."""
+        state = self.state
+        if not self._evaluate or (state.evaluations and state.evaluations[-1]["epoch"] == state.epochs_done):
+            return
+        found = self._exact(keep=False, splits=self._evaluate)
+        self._judge(state.epochs_done, found)
+        values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
+        self._metrics.write({"step": state.epochs_done, "epoch": state.epochs_done, **values})
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         return self._backend.call(method, arguments, self._poll)
@@ -255,14 +278,15 @@ class ChunkedTrainer:
         """Evaluate, refresh and save what is due after `epochs` epochs."""
         train, state = self.train, self.state
         last = epochs == train.epochs
-        evaluates = bool(self._evaluate) and (last or epochs % train.evaluate_every == 0)
-        refreshes = self.chunked.refresh_every > 0 and epochs % self.chunked.refresh_every == 0 and not last
+        evaluates = self._is_due(epochs)
+        refreshes = not last and self._refreshes_after(epochs)
         found: dict[Split, Metrics] = {}
         if evaluates or refreshes:
             found = self._exact(keep=refreshes, splits=self._evaluate if evaluates else ())
         state.epochs_done = epochs
         if evaluates:
-            self._judge(epochs, found, last)
+            self._judge(epochs, found)
+            state.stopped_early = not last and self._has_waited_enough()
         record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
         errors = (
@@ -272,7 +296,23 @@ class ChunkedTrainer:
         self._progress("train", epochs, train.epochs, "epochs", loss=loss)
         self._save_if_due()
 
-    def _judge(self, epoch: int, found: Mapping[Split, Metrics], last: bool) -> None:
+    def _is_due(self, epochs: int) -> bool:
+        """Whether an evaluation is due after so many epochs, be they the last or not."""
+        return bool(self._evaluate) and epochs % self.train.evaluate_every == 0
+
+    def _refreshes_after(self, epochs: int) -> bool:
+        return self.chunked.refresh_every > 0 and epochs % self.chunked.refresh_every == 0
+
+    def _has_waited_enough(self) -> bool:
+        """Whether early stopping ends training after the epochs done, if they are not the last."""
+        state, patience = self.state, self.train.patience
+        return (
+            patience is not None
+            and self._is_due(state.epochs_done)
+            and (state.epochs_done - state.best_epoch >= patience)
+        )
+
+    def _judge(self, epoch: int, found: Mapping[Split, Metrics]) -> None:
         state, train = self.state, self.train
         if not all(math.isfinite(m.loss) for m in found.values()):
             raise ValueError(
@@ -289,7 +329,6 @@ class ChunkedTrainer:
         if (score, -valid.loss) > best:
             state.best_epoch, state.best_score, state.best_loss = epoch, score, valid.loss
             self._call("keep_best")
-        state.stopped_early = train.patience is not None and not last and epoch - state.best_epoch >= train.patience
 
     def _exact(
         self,
@@ -368,6 +407,7 @@ class ChunkedTrainer:
             "state": asdict(self.state),
             "identity": self._identity,
             "full": full,
+            "epochs": self.train.epochs,
             "replicas": self.layout.replicas,  # whose histories are there, where they are; nothing said: one
         }
         publish_checkpoint(self._checkpoints, epoch, value, files, keep=self.train.keep_checkpoints)

@@ -290,6 +290,35 @@ def test_other_configuration_is_refused(tiny_graph: GraphStore, traces: dict[Spl
     Job(tiny_graph, traces, tmp_path, lr=0.01, log_every=7, keep_checkpoints=1).run(identity={"graph": "a"})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"schedule": "step", "decay_epochs": 2}, {"evaluate_every": 4}, {"patience": 1, "lr": 0.3}],
+    ids=["schedule", "undue evaluation", "patience"],
+)
+def test_more_epochs_end_as_if_they_had_been_asked_for_at_once(
+    tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    straight = Job(tiny_graph, traces, tmp_path / "straight", epochs=6, **options)
+    whole = straight.run()
+    for epochs in (1, 3, 6):
+        job = Job(tiny_graph, traces, tmp_path / "more", epochs=epochs, **options)
+        found = job.run()
+    assert job.weights() == straight.weights() and job.lines() == straight.lines()
+    assert (found.losses, found.evaluations) == (whole.losses, whole.evaluations)
+    if not whole.stopped_early:
+        with pytest.raises(ValueError, match="epochs=5 asks for fewer"):
+            Job(tiny_graph, traces, tmp_path / "more", epochs=5, **options).run()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_rate_that_knows_its_end_cannot_have_another(
+    tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path, schedule: str
+) -> None:
+    Job(tiny_graph, traces, tmp_path, epochs=1, schedule=schedule).run()
+    with pytest.raises(ValueError, match=r"epochs \(1 there, 2 asked\)"):
+        Job(tiny_graph, traces, tmp_path, epochs=2, schedule=schedule).run()
+
+
 def test_not_finite_loss_names_the_step_and_keeps_the_checkpoint(
     tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path
 ) -> None:

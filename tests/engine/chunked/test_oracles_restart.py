@@ -105,6 +105,24 @@ def test_moments_of_the_optimizer_survive_other_stages_and_parts(make_case: Make
     assert case.distance(found.weights, reference.model.state_dict()) < 1e-11
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"evaluate_every": 4}, {"evaluate_every": 1, "refresh_every": 3}, {"evaluate_every": 1, "patience": 2, "lr": 0.3}],
+    ids=["undue evaluation", "undue refresh", "patience"],
+)
+def test_more_epochs_end_as_if_they_had_been_asked_for_at_once(make_case: MakeCase, options: dict[str, Any]) -> None:
+    case = make_case(kind="gcnii", epochs=8, stages=2, **options)
+    whole = case.run(evaluate=("valid",))
+    folder = case.fresh_folder()
+    for epochs in (3, 6, 8):
+        found = case.but(epochs=epochs).run(folder=folder, evaluate=("valid",))
+    assert case.equal(found, whole)
+    assert found.state.evaluations == whole.state.evaluations and found.losses == whole.losses
+    if not whole.state.stopped_early:
+        with pytest.raises(ValueError, match="epochs=5 asks for fewer"):
+            case.but(epochs=5).run(folder=folder, evaluate=("valid",))
+
+
 def test_a_finished_run_gives_its_result_again(make_case: MakeCase) -> None:
     case = make_case(kind="gcn", evaluate_every=1, stages=2)
     folder = case.fresh_folder()
