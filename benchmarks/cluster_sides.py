@@ -92,7 +92,7 @@ class FedSide:
         backend = self._stack.enter_context(place.open_backend(replica_specs(run, 1)))
         watch = self._stack.enter_context(observed(config, silent))
         self._workers = ReplicaWorkers(run, backend, place.hosts(backend, 1), make_model(run), watch, self._feeders)
-        self._epoch_items = self._workers.prepare()
+        self._epoch_items, _ = self._workers.prepare()
         self._stack.enter_context(self._workers.open(0, config.train.epochs * self._epoch_items))
         return self
 

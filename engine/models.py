@@ -8,10 +8,7 @@ torch's global generator, which the trainer reseeds every step, or as a block's 
 Letters: L layers, M input nodes, B seeds, F features, H hidden, C classes.
 """
 
-import pkgutil
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -23,6 +20,7 @@ from penstock.engine.deferred import Linear
 from penstock.engine.dropout import dropout
 from penstock.engine.layers import Aggregator, GATConv, GCNConv, GINConv, SAGEConv
 from penstock.engine.minibatch import Block
+from penstock.engine.usermodule import load_class, make_module
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": nn.functional.elu}
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -152,52 +150,14 @@ def _build_deep(config: ModelConfig, num_features: int, num_classes: int) -> nn.
     return DAGNN(num_features, num_classes, **options)
 
 
-def _import_parent(name: str) -> Any:
-    """Import module `name`, or say which part of it is not there and what is there of a similar name."""
-    done: Any = None
-    parts = name.split(".")
-    for n in range(1, len(parts) + 1):
-        try:
-            done = import_module(".".join(parts[:n]))
-        except ModuleNotFoundError as error:
-            if error.name != ".".join(parts[:n]):
-                raise  # a dependency of the user's module is missing: their traceback says it best
-            places = None if done is None else getattr(done, "__path__", [])
-            near = get_close_matches(parts[n - 1], [module.name for module in pkgutil.iter_modules(places)], 1)
-            hint = f"did you mean {'.'.join([*parts[: n - 1], *near])}? " if near else ""
-            raise ValueError(
-                f"there is no module {error.name!r}; {hint}It has to be installed or on PYTHONPATH"
-            ) from error
-    return done
-
-
-def load_class(path: str) -> type[nn.Module]:
-    """Import `pkg.mod:Class`; ValueError with the nearest match where it is not there or no nn.Module."""
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"module={path!r} is no import path; write pkg.mod:Class")
-    module = _import_parent(module_name)
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        classes = [
-            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
-        ]
-        near = get_close_matches(name, classes, 1) or classes[:8]
-        what = "is no subclass of torch.nn.Module" if found is not None else "does not exist"
-        raise ValueError(f"{name!r} in {module_name} {what}; it has {', '.join(near) or 'no nn.Module at all'}")
-    return found
-
-
 def build_model(config: ModelConfig, num_features: int, num_classes: int, num_layers: int | None = None) -> nn.Module:
     """Make the model; a user's class is called with `num_features`, `num_classes` and `kwargs`.
 
     ValueError where `num_layers`, the number of fanouts, is given and is not the config's.
     """
     if config.kind == "custom":
-        module: nn.Module = load_class(config.module or "")(
-            num_features=num_features, num_classes=num_classes, **config.kwargs
-        )
-        return module
+        options = {"num_features": num_features, "num_classes": num_classes, **config.kwargs}
+        return make_module(load_class(config.module or ""), options)
     if num_layers not in (None, config.num_layers):
         raise ValueError(f"num_layers={config.num_layers}, but there are {num_layers} fanouts; make them equal")
     if config.kind in _DEEP:

@@ -42,7 +42,7 @@ class TrainConfig(OptimConfig):
         return self.schedule in ("cosine", "linear")
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for training to go on (JSON). The number of epochs is none of it unless the rate knows it."""
+        """What must be equal for training to go on (JSON); the number of epochs only where the rate knows it."""
         value = {key: item for key, item in self.model_dump(mode="json").items() if key not in _MAY_CHANGE}
         if not self.knows_its_end:
             del value["epochs"]

@@ -1,6 +1,8 @@
 """Errors that callers catch. Every message says what is wrong, the value, the limit and the remedy."""
 
 import errno
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,42 @@ class DoesNotFit(ValueError):
 
 class MissingDependency(ImportError):
     """An optional library is not installed. The message names the command that brings it."""
+
+
+class ForeignError(RuntimeError):
+    """An error of code that is not ours, in another process; the message has its traceback."""
+
+
+# What we call and what may refuse the arguments that users give us, so that its errors count as ours. Torch is none of
+# them: it is the models that call it.
+_OURS = {
+    *(
+        "penstock",
+        "numpy",
+        "numba",
+        "pyarrow",
+        "pydantic",
+        "pydantic_core",
+        "yaml",
+        "fsspec",
+        "s3fs",
+        "gcsfs",
+        "psutil",
+    ),
+    *("ray", "safetensors", "xxhash", "cyclopts", "matplotlib", "mlflow", "tensorboard", "wandb", "requests"),
+}
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether our own code raised an error, or a library that it called; else a user's module did, or what it calls."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package == "penstock":
+            return True
+        if package not in _OURS and package not in sys.stdlib_module_names:
+            return False
+    return True
 
 
 @contextmanager

@@ -8,14 +8,17 @@ from typing import Any
 from penstock.engine.chunked.backend import Board, RankFailed, WorkerSpec
 from penstock.engine.chunked.schedule import EpochPlan
 from penstock.engine.chunked.transport import PeerLost
+from penstock.storage.errors import ForeignError, is_ours
 from penstock.storage.history import StaleRead
 
 # errors that a caller can tell apart; OSError is a full disk, among others
-_CARRIED = (ValueError, TypeError, OSError, MemoryError, ImportError, StaleRead, PeerLost, RankFailed)
+_CARRIED = (ValueError, TypeError, OSError, MemoryError, ImportError, ForeignError, StaleRead, PeerLost, RankFailed)
 
 
 def encode_error(spec: WorkerSpec, error: BaseException) -> bytes:
     """Pickle an error as it is, if it is of a kind that callers know; any other as RankFailed with its traceback."""
+    if isinstance(error, ValueError) and not is_ours(error):  # no mistake of the configuration, and nothing to retry
+        error = ForeignError("".join(traceback.format_exception(error)))
     if isinstance(error, _CARRIED):
         try:
             data = pickle.dumps(error)

@@ -1,5 +1,6 @@
 """The command line. Torch, Numba and Ray are imported by the verb that needs them, so that `--help` answers at once."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -137,35 +138,53 @@ def pack(dataset: str | None = None, *, options: RunOptions | None = None) -> No
 
 @app.command
 def train(
-    dataset: str | None = None, *, options: RunOptions | None = None, resume: bool = True, in_memory: bool = False
+    dataset: str | None = None,
+    *,
+    options: RunOptions | None = None,
+    resume: bool = True,
+    if_changed: bool = False,
+    in_memory: bool = False,
 ) -> None:
     """Sample, plan, pack and train; every step is skipped when done and continued when cut off.
 
     Args:
         dataset: Graph store, a folder or a URI.
-        resume: Continue from the newest checkpoint (the default); --resume=false trains again on the same packs.
+        resume: Continue from the newest checkpoint (the default); --resume=false trains again on packs that are there.
+        if_changed: Where weights of another graph or configuration are there, train anew instead of refusing.
         in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
     """
     from penstock.run_verbs import run_train
 
     options = options or RunOptions()
-    config = options.load(dataset)
-    if in_memory:
-        config = config.model_copy(update={"feed": "memory"})
-    run_train(config, force=options.force, resume=resume, result_json=options.result_json, quiet=options.quiet)
+    run_train(
+        options.load(dataset, feed="memory" if in_memory else None),
+        force=options.force,
+        resume=resume,
+        if_changed=if_changed,
+        result_json=options.result_json,
+        quiet=options.quiet,
+    )
 
 
 @app.command
-def submit(dataset: str | None = None, *, options: RunOptions | None = None, job: SubmitOptions | None = None) -> None:
+def submit(
+    dataset: str | None = None,
+    *,
+    options: RunOptions | None = None,
+    job: SubmitOptions | None = None,
+    if_changed: bool = False,
+) -> None:
     """Train as a job of a Ray cluster, once: the same command finds a job that runs, or is done.
 
     Args:
         dataset: Graph store, a folder that the cluster's nodes share or a URI.
+        if_changed: Where weights of another graph or configuration are there, train anew instead of refusing.
     """
-    from penstock.launch_verbs import run_submit
+    from penstock.launch_verbs import How, run_submit
 
     run, config = options or RunOptions(), (options or RunOptions()).load(dataset)
-    sys.exit(run_submit(config, job or SubmitOptions(), force=run.force, copy=run.result_json, quiet=run.quiet))
+    how: How = "force" if run.force else "if_changed" if if_changed else "resume"
+    sys.exit(run_submit(config, job or SubmitOptions(), how=how, copy=run.result_json, quiet=run.quiet))
 
 
 @k8s.command
@@ -300,6 +319,7 @@ def main(tokens: list[str] | None = None) -> None:
     """Entry point of the `penstock` command."""
 
     def command() -> None:
+        sys.path.append(os.getcwd())  # for a user's module; last, so that it hides nothing
         logs.configure()
         app(tokens, exit_on_error=False, print_error=True)
 

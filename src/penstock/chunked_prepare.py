@@ -7,7 +7,7 @@ does not fit goes to disk.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,26 @@ from typing import Any
 from torch import nn
 
 from penstock.chunked_choice import Sizes, choose_ranks, size_ranks
+from penstock.claims import claim
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.features import TRAIN_SHARE
-from penstock.engine.chunked.layout import Layout, split_stages
-from penstock.engine.chunked.ownership import owned_names, unit_tensors
+from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.planning import plan_replica
 from penstock.engine.chunked.schedule import load_sequence
-from penstock.engine.chunked.setup import make_specs, unit_costs
+from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.trainer import initial_weights
-from penstock.engine.layered import check_chunkable, first_hidden
+from penstock.engine.layered import first_hidden
 from penstock.run import Run, make_model
 from penstock.sampler.chunking.config import PartitionConfig
 from penstock.sampler.chunking.trace import write_chunk_trace
 from penstock.sampler.chunking.write import write_chunks
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import PlanConfig, plan_packs
-from penstock.storage.chunks import ChunkStore
+from penstock.storage.chunks import ChunkStore, open_chunks
 from penstock.storage.errors import DoesNotFit
-from penstock.storage.manifest import read_json, write_json
-from penstock.storage.pack import is_complete
+from penstock.storage.manifest import is_published, read_json, write_json
+from penstock.storage.pack import feed_memory, is_complete, open_packset
 
 _CHOICE = "chunked.json"
 
@@ -49,24 +49,22 @@ class PreparedRanks:
     specs: list[RankSpec]
 
 
-def _refuse_impossible(run: Run, model: nn.Module) -> None:
-    """ValueError, before any work, for what no preparation could make trainable."""
-    graph, num_features = run.graph, run.graph.meta.num_features
-    ids = graph.split_ids("train")
-    if not len(ids) or not (graph.meta.multi_label or (graph.labels[ids] >= 0).any()):
-        raise ValueError(f"{graph.path} has {len(ids)} train nodes, none with a label; give it some, as `train`")
-    check_chunkable(model, num_features)
-    units = split_stages(unit_costs(model, graph), run.config.chunked.stages)
-    owned_names(unit_tensors(model, num_features), [(unit.start, unit.stop) for unit in units])
-
-
 def cut_graph(run: Run, parts: int) -> ChunkStore:
     """Cut the graph into chunks for so many parts, in `run/chunks`."""
-    config = run.config.chunked
+    config, folder = run.config.chunked, run.path / "chunks" / f"{run.config.chunked.chunks}x{parts}"
+    asked = PartitionConfig(chunks=config.chunks, parts=parts, method=config.partition, seed=config.partition_seed)
+    if is_published(folder):
+        store = open_chunks(folder)
+        method = store.meta.method if config.partition == "auto" else config.partition
+        if (store.meta.graph, store.meta.method, store.meta.seed) == (run.graph.fingerprint, method, asked.seed):
+            return store
+        shutil.rmtree(folder)
+    if config.partition == "auto" and run.trained is not None:  # who cut it then, although now another might
+        asked = asked.model_copy(update={"method": run.trained.keys["chunked.partition"]})
     return write_chunks(
         run.graph,
-        run.path / "chunks" / f"{config.chunks}x{parts}",
-        PartitionConfig(chunks=config.chunks, parts=parts, method=config.partition, seed=config.partition_seed),
+        folder,
+        asked,
         host_memory=run.budgets.host_bytes,
         threads=run.threads,
         progress=run.progress,
@@ -97,6 +95,21 @@ def _sequences(config: ChunkedConfig, seed: int, recompute: bool, replica: int) 
     return [load_sequence(plan) for plan in plans]
 
 
+def _still_fits(packs: Path, host_bytes: int, disk_bytes: int) -> bool:
+    """Whether packs are complete, and may be used as they are."""
+    if not is_complete(packs):
+        return False
+    meta = open_packset(packs)
+    needed = feed_memory(
+        host_slots=meta.host_slots,
+        row_bytes=meta.row_format.row_bytes,
+        max_extent_bytes=meta.max_extent_bytes,
+        max_inputs=meta.max_inputs,
+        width=meta.width,
+    )
+    return needed <= host_bytes and sum(file.stat().st_size for file in packs.iterdir()) <= disk_bytes
+
+
 def _pack(
     run: Run,
     chunks: ChunkStore,
@@ -109,7 +122,22 @@ def _pack(
     host_bytes: int,
 ) -> Path:
     """Pack the features of a sequence of loads; returns the folder of the packs."""
-    packs = out / "packs"
+    packs, disk_bytes = out / "packs", run.budgets.disk_bytes // run.config.cluster.replicas
+    made_of = {
+        "chunks": asdict(chunks.meta),
+        "part": part,
+        "sequence": [list(loads) for loads in sequence],
+        "halo": halo,
+        "row_dtype": plan.row_dtype or run.graph.meta.feature_dtype,
+        "policy": plan.policy,
+    }
+    claim(
+        out,
+        made_of,
+        {"host_bytes": host_bytes, "disk_bytes": disk_bytes},
+        kept=("trace",),
+        still_good=lambda: _still_fits(packs, host_bytes, disk_bytes),
+    )
     if is_complete(packs):
         return packs
     trace = write_chunk_trace(
@@ -122,7 +150,6 @@ def _pack(
         host_memory=run.budgets.host_bytes // 2,
         progress=run.progress,
     )
-    disk_bytes = run.budgets.disk_bytes // run.config.cluster.replicas
     budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0, disk_bytes=disk_bytes)
     planned = plan_packs(
         run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
@@ -191,7 +218,6 @@ def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mod
 def prepare_ranks(run: Run) -> PreparedRanks:
     """Do all that comes before training. DoesNotFit names what is too small, ValueError a model that cannot be cut."""
     model = make_model(run)
-    _refuse_impossible(run, model)
     config = _resolve(run, model)
     chunks = cut_graph(run, config.parts)
     sizes = size_ranks(run, chunks, config, model)

@@ -22,6 +22,7 @@ from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
 from penstock.engine.outputs import Outputs
 from penstock.engine.supervision.stragglers import RankTimes, find_straggler
+from penstock.identity import Keys
 from penstock.observation import Observation
 from penstock.report import draw_curves
 from penstock.run import Run
@@ -43,7 +44,7 @@ def find_backend(config: RunConfig) -> OpenBackend:
     return partial(open_ray, address=cluster.address, resources=cluster.replica_resources)
 
 
-def _train(run: Run, prepared: PreparedRanks, resume: bool, watch: Observation) -> ChunkedResult:
+def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation) -> ChunkedResult:
     config = run.config
     evaluate: tuple[Split, ...] = ("valid",) if run.evaluates else ()
     trainer = ChunkedTrainer(
@@ -52,13 +53,13 @@ def _train(run: Run, prepared: PreparedRanks, resume: bool, watch: Observation) 
         checkpoints=run.path / "checkpoints",
         metrics=run.path / "metrics.jsonl",
         evaluate=evaluate,
-        identity={"run": config.digest(), "graph": run.graph.fingerprint},
+        identity={"run": identity},
         stop_requested=run.stop_requested,
         progress=run.progress,
         record=watch.record,
         observe=lambda epoch, reports, began_s: watch.epoch(epoch, reports, prepared.layout, began_s),
     )
-    return trainer.run(resume=resume)
+    return trainer.run()
 
 
 def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
@@ -67,7 +68,7 @@ def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
     return evaluate_exact(
         model,
         run.graph,
-        run.splits_with_nodes,
+        run.labelled_splits,
         run.path / "exact" / "train",
         host_memory=run.budgets.host_bytes,
         threads=run.threads,
@@ -110,12 +111,14 @@ def _straggler(trained: ChunkedResult) -> dict[str, Any] | None:
     return None if found is None else found.to_json()
 
 
-def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
+def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on the whole graph; returns the sections of `result.json`."""
     started = time.perf_counter()
     prepared = prepare_ranks(run)
     prepare_s = time.perf_counter() - started
-    trained = _train(run, prepared, resume, watch)
+    cut = {"chunked.partition": prepared.chunks.meta.method, "chunked.parts": prepared.layout.parts}
+    identity = run.identity(**cut)
+    trained = _train(run, prepared, identity, watch)
     train_s = time.perf_counter() - started - prepare_s
     model, meta, config = prepared.model, run.graph.meta, run.config
     model.load_state_dict(trained.weights)
@@ -128,6 +131,7 @@ def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
         num_classes=meta.num_classes,
         fanouts=(-1,) * len(model.layers),  # type: ignore[arg-type]  # a ModuleList
         outputs=Outputs.of(run.graph),
+        extra={"graph": run.graph.fingerprint},
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]
@@ -135,6 +139,8 @@ def train_chunked(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
         draw_schedule(trained.reports, prepared.layout, run.path / "schedule.png")
         artefacts.append("schedule.png")
     return {
+        "graph": run.graph.fingerprint,
+        "identity": identity,
         "metrics": _metrics(run, trained, found),
         "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
         "timings": {

@@ -107,6 +107,12 @@ class RunConfig(BaseModel):
     def _is_consistent(self) -> "RunConfig":
         if self.mode == "chunked":
             return self._is_consistent_in_chunks()
+        if self.cluster.feeders and (self.plan.mode == "reuse" or self.feed == "memory"):
+            key = f"feed={self.feed}" if self.feed == "memory" else f"plan.mode={self.plan.mode}"
+            raise ValueError(
+                f"{key} with cluster.feeders={self.cluster.feeders}, which sample every epoch anew and send windows of "
+                "packs; leave one of them out"
+            )
         hops = len(self.sampler.layer_fanouts)
         if self.model.kind != "custom" and self.model.num_layers != hops:
             raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
@@ -145,6 +151,11 @@ class RunConfig(BaseModel):
         return self.mode == "sampled" and (cluster.replicas > 1 or cluster.address is not None or cluster.feeders > 0)
 
     @property
+    def evaluates_exactly(self) -> bool:
+        """Whether the model is evaluated layer by layer."""
+        return self.mode == "chunked" or self.evaluate.mode == "exact"
+
+    @property
     def work_dir(self) -> Path:
         """Folder on each host for packs and scratch of its replicas; beside other local copies where the run is remote,
         since home folders may differ."""
@@ -153,38 +164,48 @@ class RunConfig(BaseModel):
         return local_copy(self.remote.run_dir or str(self.run_dir.absolute()), "work", self.remote.stage_dir)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a rerun to continue this run, flat: `{"train.lr": 0.01, ...}`."""
-        value = flatten(self.model_dump(mode="json"))
-        if self.remote.dataset is not None:
-            value["dataset"] = self.remote.dataset  # its local copy may lie elsewhere next time
-        return {
-            key: item for key, item in value.items() if key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_IN)
-        }
+        """What the weights depend on beside the graph, flat: `{"train.lr": 0.01, ...}`; see `penstock.identity`."""
+        keys = {"mode": self.mode, "plan.row_dtype": self.plan.row_dtype, "evaluate.mode": self.evaluate.mode}
+        keys |= flatten({"train": self.train.identity(), "model": self.model.model_dump(mode="json")})
+        own = self._identity_in_chunks() if self.mode == "chunked" else self._identity_of_samples()
+        return keys | {key: item for key, item in own.items() if key not in _MAY_CHANGE}
+
+    def _identity_of_samples(self) -> dict[str, Any]:
+        fanouts, share = list(self.sampler.layer_fanouts), self.train.accumulate // self.cluster.replicas
+        keys = flatten({"sampler": self.sampler.model_dump(mode="json")})
+        keys |= {"sampler.fanouts": fanouts, "plan.mode": self.plan.mode, "sampled_epochs": self.sampled_epochs}
+        if self.evaluate.mode == "sampled":
+            keys["evaluate.fanouts"] = fanouts if self.evaluate.fanouts is None else list(self.evaluate.fanouts)
+        # gradients are summed in pairs: those of a power of two of items are summed as one replica does
+        keys["cluster.replicas"] = 1 if share & (share - 1) == 0 else self.cluster.replicas
+        return keys
+
+    def _identity_in_chunks(self) -> dict[str, Any]:
+        keys = flatten({"chunked": self.chunked.model_dump(mode="json")})
+        keys["evaluate.mode"] = "none" if self.evaluate.mode == "none" else "exact"
+        return {**keys, "cluster.replicas": self.cluster.replicas}  # each trains on the whole graph, in its own order
 
     def digest(self) -> str:
         """A short hash of the identity."""
         return str(xxhash.xxh3_64_hexdigest(yaml.safe_dump(self.identity(), sort_keys=True).encode()))
 
 
-# Weights do not depend on these (on `chunked.parts`: but for rounding), so a run may be continued with others.
+# Weights do not depend on these, so a run may go on with others.
 _MAY_CHANGE = {
-    "run_dir",
+    "sampler.degrees",
+    "sampler.mode",
+    "sampler.num_neighbors",
+    "sampler.window_items",
     "chunked.backend",
     "chunked.checkpoint",
     "chunked.defer_weights",
     "chunked.devices",
     "chunked.history_storage",
-    "chunked.parts",
     "chunked.recompute",
     "chunked.retries",
     "chunked.stages",
     "chunked.timeout_s",
-    "train.checkpoint_items",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.log_every",
 }
-_MAY_CHANGE_IN = ("cluster.", "remote.", "track.")
 
 
 def _accumulate(value: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +240,7 @@ def load_config(
     if file is not None:
         try:
             value = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{file} cannot be read as YAML: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{file} holds a {type(value).__name__}, wanted a mapping of keys")

@@ -3,7 +3,7 @@
 | code | meaning |
 |---|---|
 | 0 | ok |
-| 1 | internal error: ours; a traceback is printed |
+| 1 | internal error: ours, or of a user's module; a traceback is printed |
 | 2 | usage or configuration |
 | 3 | data: invalid, damaged, missing |
 | 4 | does not fit: memory, device or disk |
@@ -16,7 +16,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.errors import DataError, DoesNotFit, is_ours
 from penstock.storage.redaction import redact_text
 
 _TERMINATION_LOG = "/dev/termination-log"
@@ -33,7 +33,7 @@ def exit_code(error: BaseException) -> int:
     if type(error).__name__ in ("Stopped", "RemoteError"):
         return RETRY
     for kind, code in ((DataError, DATA), (DoesNotFit, DOES_NOT_FIT), (ImportError, MISSING), (ValueError, USAGE)):
-        if isinstance(error, kind):
+        if isinstance(error, kind) and (kind is not ValueError or is_ours(error)):
             return code
     return INTERNAL
 

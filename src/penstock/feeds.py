@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, deal_of, sample_config, sample_split, train_budgets
+from penstock.prepare import Prepared, claim_split, deal_of, sample_config, sample_split, train_budgets
 from penstock.run import Run
 from penstock.sampler.producer import start_producer
 from penstock.sampler.sizing import ROLLING_SHARE
@@ -41,6 +41,7 @@ class TrainFeed:
 
 
 def _from_memory(run: Run) -> TrainFeed:
+    claim_split(run, "train")
     trace = sample_split(run, "train")
 
     def open_steps(start_step: int, stop_step: int) -> Feed:

@@ -37,8 +37,8 @@ def infer(
     Run, file and dataset may be URIs: what is read is copied to `stage_dir` first, the file is uploaded at the end.
     Layer tables are kept in a folder of this call in `run_dir/exact` until the file is there; the same command
     continues a killed one, with the same host memory. Predictions are labels as the graph of the training had them.
-    DataError where the run has no model, or the graph has other features than the model was trained on, or features
-    normalised otherwise.
+    DataError where the run has no model, or its graph was replaced and no `dataset` is given, or the graph has other
+    features than the model was trained on, or features normalised otherwise.
     """
     run_dir, _ = local_run(run_dir, stage_dir)
     if not run_dir.is_dir():
@@ -47,8 +47,14 @@ def infer(
         raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    dataset = dataset or (config.get("remote") or {}).get("dataset") or Path(config["dataset"])
+    given, dataset = dataset, dataset or (config.get("remote") or {}).get("dataset") or Path(config["dataset"])
     graph = open_graph(local_dataset(dataset, stage_dir, progress=progress))
+    made_of = trained.extra.get("graph", graph.fingerprint)
+    if given is None and made_of != graph.fingerprint:
+        raise DataError(
+            f"the model in {run_dir} was trained on graph {made_of}, and {dataset} is graph {graph.fingerprint} now; "
+            f"train again, or score this one: --dataset {dataset}"
+        )
     if graph.meta.num_features != trained.num_features:
         raise DataError(
             f"{graph.path} has {graph.meta.num_features} features per node, the model wants {trained.num_features}; "

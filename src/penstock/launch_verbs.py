@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
 import xxhash
@@ -17,19 +17,26 @@ import yaml
 from penstock import __version__
 from penstock.config import RunConfig
 from penstock.exit_codes import INTERNAL, INTERRUPTED, OK, RETRY
+from penstock.identity import Trained, has_all_epochs, require_same, settle
 from penstock.kubernetes import cautions, render
 from penstock.launch_options import KubernetesOptions, SubmitOptions
+from penstock.locations import require_writable
 from penstock.portable import portable_config, spans_ray
 from penstock.report import copy_result
 from penstock.storage.errors import MissingDependency
 from penstock.storage.extras import install_command
+from penstock.storage.graph import GraphMeta, GraphStore, open_graph
 from penstock.storage.manifest import write_json
 from penstock.storage.redaction import redact_text
+from penstock.storage.remote.files import open_remote
+from penstock.storage.remote.stage import read_remote_manifest
 
 if TYPE_CHECKING:
     from penstock.cluster.jobs import Job, Jobs
 
 _CONFIG_NAME = "penstock.yaml"
+How = Literal["resume", "if_changed", "force"]
+_FLAGS: dict[How, str] = {"resume": "", "if_changed": " --if-changed", "force": " --force"}
 Say = Callable[[str], object]
 
 
@@ -46,8 +53,10 @@ class Submitted:
     result: str
 
 
-def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: Path | str | None, quiet: bool) -> int:
+def run_submit(config: RunConfig, options: SubmitOptions, *, how: How, copy: Path | str | None, quiet: bool) -> int:
     """`penstock submit`; returns the exit code of the run."""
+    if copy is not None:
+        require_writable(copy)
     value = portable_config(config)
     if spans_ray(config) and config.cluster.address is None:
         value["cluster"]["address"] = "auto"
@@ -64,7 +73,7 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: 
 
     jobs = open_jobs(options.address)
     try:
-        submitted = _submit(jobs, value, wait=options.wait, force=force, say=say)
+        submitted = _submit(jobs, value, wait=options.wait, how=how, say=say)
     except ConnectionError as error:  # what became of the run, the same command will find out
         print(f"penstock: {redact_text(str(error))}; run the same command again", file=sys.stderr)
         return RETRY
@@ -76,13 +85,39 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, force: bool, copy: 
 
 
 def submission_id(config: RunConfig) -> str:
-    """The same for the same run: of what decides its weights, and of its folder."""
-    run_dir = config.remote.run_dir or str(config.run_dir)
-    return f"penstock-{config.digest()}-{xxhash.xxh3_64_hexdigest(run_dir.rstrip('/').encode())[:8]}"
+    """The same for the same run: of what decides its weights, as far as it is configured, and of its folder."""
+    run_dir, dataset = config.remote.run_dir or str(config.run_dir), config.remote.dataset or str(config.dataset)
+    place = f"{run_dir.rstrip('/')} {dataset.rstrip('/')} {config.train.epochs}"
+    return f"penstock-{config.digest()}-{xxhash.xxh3_64_hexdigest(place.encode())[:8]}"
 
 
-def _submit(jobs: "Jobs", value: dict[str, Any], *, wait: bool, force: bool, say: Say) -> Submitted:
-    job, is_new = _find_or_submit(jobs, value, force)
+def is_done(config: RunConfig) -> bool:
+    """Whether the run folder, as far as it can be read from here, has the result of this very run.
+
+    Where it cannot, or is gone, the job is submitted again: whoever can read it says at once what is done.
+    """
+    value = _read_result(f"{config.remote.run_dir or config.run_dir}/result.json")
+    if value is None or value.get("status") != "ok":
+        return False
+    try:
+        trained = Trained(keys=value["identity"], epochs=value["metrics"]["epochs"], result=value)
+        config = settle(config, trained)
+        require_same(config, _graph_of(config), trained)
+    except (ValueError, KeyError, OSError):
+        return False
+    return has_all_epochs(config, trained)
+
+
+def _graph_of(config: RunConfig) -> GraphStore:
+    """The graph, of which no more is read than its manifest."""
+    if config.remote.dataset is None:
+        return open_graph(config.dataset)
+    _, manifest = read_remote_manifest(open_remote(config.remote.dataset))
+    return GraphStore(config.dataset, manifest, GraphMeta(**manifest.meta))
+
+
+def _submit(jobs: "Jobs", value: dict[str, Any], *, wait: bool, how: How, say: Say) -> Submitted:
+    job, is_new = _find_or_submit(jobs, value, how)
     result = f"{value['run_dir'].rstrip('/')}/result.json"
     status, code, already_done = job.status, OK, job.succeeded
     if already_done:
@@ -104,31 +139,31 @@ def _submit(jobs: "Jobs", value: dict[str, Any], *, wait: bool, force: bool, say
     )
 
 
-def _find_or_submit(jobs: "Jobs", value: dict[str, Any], force: bool) -> tuple["Job", bool]:
+def _find_or_submit(jobs: "Jobs", value: dict[str, Any], how: How) -> tuple["Job", bool]:
     """The job of this run that runs or has succeeded, else a new one, and whether it is new."""
     config = RunConfig.model_validate(value)
     base = submission_id(config)
     while True:
         attempts = jobs.attempts(base)
         last = attempts[-1] if attempts else None
-        if last is not None and force and not last.is_over:
+        if last is not None and how == "force" and not last.is_over:
             raise ValueError(
                 f"{last.id} is {last.status.lower()}, and --force would delete its files; "
                 f"stop it first: {_stop_command(jobs, last)}"
             )
-        if last is not None and not force and (last.succeeded or not last.is_over):
+        if last is not None and how != "force" and (is_done(config) if last.succeeded else not last.is_over):
             return last, False
         number = 1 if last is None else int(last.id[len(base) + 2 :] or 1) + 1
         job_id = base if number == 1 else f"{base}-r{number}"
-        if _submit_new(jobs, job_id, config, value, force):
+        if _submit_new(jobs, job_id, config, value, how):
             return jobs.find(job_id), True
-        force = False  # another process was first: what it submitted is what we want
+        how = "resume"  # another process was first: what it submitted is what we want
 
 
-def _submit_new(jobs: "Jobs", job_id: str, config: RunConfig, value: dict[str, Any], force: bool) -> bool:
+def _submit_new(jobs: "Jobs", job_id: str, config: RunConfig, value: dict[str, Any], how: How) -> bool:
     """Submit a job that has nothing but the configuration; a run of one process gets its cores and GPU from Ray."""
     is_alone = not spans_ray(config)
-    command = f"python -m penstock train -c {_CONFIG_NAME}{' --force' if force else ''}"
+    command = f"python -m penstock train -c {_CONFIG_NAME}{_FLAGS[how]}"
     with tempfile.TemporaryDirectory(prefix="penstock-submit-") as folder:
         (Path(folder) / _CONFIG_NAME).write_text(yaml.safe_dump(value, sort_keys=False))
         return jobs.submit(

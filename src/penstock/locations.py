@@ -1,5 +1,6 @@
 """Where data lies: verbs take folders and URIs alike, and work on local copies of what is remote."""
 
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from penstock.storage.graph import FEATURE_SUMS, seal_graph
 from penstock.storage.manifest import MANIFEST
 from penstock.storage.progress import Progress, silent
 from penstock.storage.remote.config import is_uri, local_copy
-from penstock.storage.remote.files import open_remote
+from penstock.storage.remote.files import RemoteError, open_remote
 from penstock.storage.remote.hostlock import flocked
 from penstock.storage.remote.pull import fetch
 from penstock.storage.remote.stage import read_remote_manifest, stage
@@ -43,6 +44,7 @@ def local_run(location: Path | str, stage_dir: Path | None = None) -> tuple[Path
 @contextmanager
 def local_output(location: Path | str) -> Iterator[Path]:
     """A path to write one file to; for a URI it is uploaded when all went well."""
+    require_writable(location)
     if not is_uri(location):
         yield Path(location)
         return
@@ -55,6 +57,26 @@ def local_output(location: Path | str) -> Iterator[Path]:
         path = Path(folder) / name
         yield path
         publish_file(path, uri)
+
+
+def require_writable(location: Path | str) -> None:
+    """ValueError unless a file can be written at a path or URI; what is there stays as it is."""
+    try:
+        if is_uri(location):
+            parent, _, name = str(location).rpartition("/")
+            probe = f".{name}.{secrets.token_hex(6)}.probe"
+            folder = open_remote(parent)
+            folder.write(probe, b"")
+            folder.delete(probe)
+            return
+        path = Path(location)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the path of a file to make")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except (OSError, RemoteError, DataError) as error:
+        raise ValueError(f"{location} cannot be written: {error}; choose another place") from error
 
 
 def publish_file(path: Path, uri: str) -> None:

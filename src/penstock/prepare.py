@@ -2,15 +2,20 @@
 
 Training cycles the packs of a few sampled epochs, or follows a rolling producer. Evaluation packs once and reads in
 order, without a host tier. All splits are planned before any is packed, so what cannot fit is found at the start.
+
+A split's folder is made of a graph and of how it is sampled: of another it is made anew. Under other budgets complete
+packs stay where they fit, all else is planned again; the items are the same.
 """
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from penstock.claims import claim
 from penstock.config import RunConfig
 from penstock.engine.models import needs_degrees
 from penstock.run import Run
@@ -72,8 +77,11 @@ def own_splits(run: Run) -> tuple[Split, ...]:
 
 
 def train_epochs(run: Run) -> int:
-    """Epochs of training that are sampled ahead; a rolling run plans by one and samples each anew."""
-    return 1 if run.config.plan.mode == "rolling" else min(run.config.sampled_epochs, run.config.train.epochs)
+    """Epochs of training that are sampled ahead; a rolling run plans by one and samples each anew, in memory all."""
+    config = run.config
+    if config.plan.mode == "rolling":
+        return config.train.epochs if config.feed == "memory" else 1
+    return min(config.sampled_epochs, config.train.epochs)
 
 
 def sample_split(run: Run, split: Split) -> Trace:
@@ -106,13 +114,55 @@ def read_summary(run: Run, split: Split) -> PlanSummary:
     return PlanSummary(**{**value, "disk_rates": DiskRates(**value["disk_rates"])})
 
 
-def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
-    trace = sample_split(run, split)
+def _plan_config(run: Run, split: Split) -> PlanConfig:
     config = run.config.plan
+    return config if split == "train" else PlanConfig(policy="none", mode="reuse", row_dtype=config.row_dtype)
+
+
+def claim_split(run: Run, split: Split) -> None:
+    """Make sure that what the split's folder holds is of this graph, sampled so, and planned within these budgets."""
+    sampled = sample_config(run.config, split).model_dump(mode="json", exclude={"fanouts", "num_neighbors", "mode"})
+    deal = deal_of(run, split)
+    made_of = {
+        "graph": run.graph.fingerprint,
+        "epochs": train_epochs(run) if split == "train" else 1,
+        "fanouts": list(sample_config(run.config, split).layer_fanouts),
+        "deal": None if deal is None else asdict(deal),
+        **sampled,
+    }
+    config, folder = _plan_config(run, split), run.path / split
+    if (folder / "plan.json").is_file() and config.mode not in ("auto", read_summary(run, split).mode):
+        (folder / "plan.json").unlink()
+        shutil.rmtree(folder / "packs", ignore_errors=True)
+    under = {"policy": config.policy, "row_dtype": config.row_dtype, "share": _host_share(run, split)}
+    still_good = partial(_still_fits, run, split)
+    claim(folder, made_of, under | asdict(run.budgets), kept=("trace",), still_good=still_good)
+
+
+def _host_share(run: Run, split: Split) -> int:
+    return run.train_host_bytes if split == "train" else run.evaluation_bytes
+
+
+def _still_fits(run: Run, split: Split) -> bool:
+    """Whether complete packs of a split may be used as they are."""
+    folder, config = run.path / split, _plan_config(run, split)
+    if not is_complete(folder / "packs"):
+        return False
+    summary = read_summary(run, split)
+    row_dtype = config.row_dtype or run.graph.meta.feature_dtype
+    return (
+        (summary.policy, summary.row_dtype) == (config.policy, row_dtype)
+        and summary.host_needed_bytes <= _host_share(run, split)
+        and 4 * run.graph.meta.num_features * summary.device_slots <= run.budgets.device_bytes
+        and sum(file.stat().st_size for file in (folder / "packs").iterdir()) <= run.budgets.disk_bytes
+    )
+
+
+def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
+    trace, config = sample_split(run, split), _plan_config(run, split)
     if split == "train":
         budgets = train_budgets(run)
     else:
-        config = PlanConfig(policy="none", mode="reuse", row_dtype=config.row_dtype)
         budgets = replace(run.budgets, device_bytes=0, host_bytes=run.evaluation_bytes)
     folder = run.path / split
     plan = plan_packs(
@@ -169,6 +219,7 @@ def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, P
     plans: dict[Split, tuple[Trace, Plan]] = {}
     errors: dict[Split, DoesNotFit] = {}
     for split in splits:
+        claim_split(run, split)
         if _is_planned(run.path / split):
             continue
         try:
@@ -188,13 +239,17 @@ def prepare(run: Run, splits: Iterable[Split]) -> dict[Split, Prepared]:
     Where the plan is to roll, nothing is packed here: the producer does, while training reads.
     """
     splits = tuple(splits)
-    plans = plan_splits(run, splits)
+    return pack_splits(run, splits, plan_splits(run, splits))
+
+
+def pack_splits(run: Run, splits: Iterable[Split], plans: Mapping[Split, tuple[Trace, Plan]]) -> dict[Split, Prepared]:
+    """Pack splits as they were planned; those without a plan are packed already, or roll."""
     prepared = {}
     for split in splits:
         folder = run.path / split
         if split in plans and plans[split][1].mode == "reuse":
             trace, plan = plans[split]
-            host_bytes = run.budgets.host_bytes  # nothing is fed meanwhile
+            host_bytes = run.budgets.host_bytes  # all of it: nothing is fed yet
             write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=run.progress)
         for scratch in ("trace", "plan"):
             shutil.rmtree(folder / scratch, ignore_errors=True)

@@ -4,15 +4,13 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from penstock.config import RunConfig
 from penstock.engine.trainstate import Stopped
-from penstock.report import differing_keys
 from penstock.storage.progress import Progress
 from penstock.storage.remote.files import open_remote
 from penstock.storage.remote.lock import Lock, hold
-from penstock.storage.remote.mirror import forget, open_mirror
+from penstock.storage.remote.mirror import RESULT, forget, open_mirror
 from penstock.storage.remote.pull import pull
 from penstock.storage.remote.stage import staged
 
@@ -43,33 +41,22 @@ def held_run(config: RunConfig, stop: threading.Event) -> Iterator[Lock | None]:
         yield lock
 
 
-def bring_back(config: RunConfig, *, force: bool) -> None:
-    """Copy the run from its URI where that is newer than the folder; with `force` delete it there instead.
-
-    ValueError where the URI holds a run of another configuration.
-    """
+def bring_back(config: RunConfig, *, anew: bool) -> None:
+    """Copy the run from its URI where that is newer than the folder; `anew` deletes it there instead."""
     uri = config.remote.run_dir
     if uri is None:
         return
-    if force:
+    if anew:
         forget(uri)
-        return
-    there = open_remote(uri).read_if_there("config.yaml")
-    if there is not None:
-        copy = config.run_dir / ".remote-config.yaml"
-        copy.write_bytes(there)
-        require_same(copy, config, uri)
-        copy.unlink()
-    pull(uri, config.run_dir)
+    else:
+        pull(uri, config.run_dir)
 
 
-def require_same(stored: Path, config: RunConfig, place: Path | str) -> None:
-    """ValueError, naming the keys that differ, where the run at `place` was made with another configuration."""
-    if stored.is_file() and (differing := differing_keys(stored, config)):
-        raise ValueError(
-            f"{place} was made with other values of {', '.join(differing)}; "
-            "use them, choose another --run-dir, or delete what is there with --force"
-        )
+def reopen(config: RunConfig) -> None:
+    """Take the result away from a finished run that is to go on, so that no kill leaves it for that of all epochs."""
+    if config.remote.run_dir is not None:
+        open_remote(config.remote.run_dir).delete(RESULT)
+    (config.run_dir / RESULT).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from penstock.run import initial_model
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.deal import Deal
 from penstock.storage.graph import Split
+from penstock.storage.pack import PackMode
 from penstock.storage.spans import TRACE, SpanLog
 
 OPEN_REPLICA = "penstock.replica:open_replica"
@@ -97,17 +98,25 @@ class Replica:
         self._stack, self._feed = ExitStack(), ExitStack()
         self._items, self._times, self._prepare_s = 0, {"compute": 0.0, "stall": 0.0}, 0.0
 
-    def prepare(self, sharing: int, fed: Fed | None) -> int:
-        """Sample and pack own items unless feeders do; `sharing` replicas share this host. Returns the items of an
-        epoch, of all replicas."""
+    def plan(self, sharing: int, fed: Fed | None) -> PackMode:
+        """Sample and plan own items unless feeders do; `sharing` replicas share this host. Returns the mode that suits
+        it, which all replicas have to agree on."""
         began = time.perf_counter()
         TRACE.watch(self._config.track.trace_steps)
         self._source = self._stack.enter_context(self._open_source(sharing, fed))
+        mode = self._source.plan()
+        self._prepare_s = time.perf_counter() - began
+        return mode
+
+    def prepare(self, mode: PackMode) -> int:
+        """Pack what was planned; returns the items of an epoch, of all replicas."""
+        began = time.perf_counter()
+        self._source.prepare(mode)
         self._deals = [self._deal(rank) for rank in range(self._replicas)]
         config, meta = self._config, self._source.meta
         model = initial_model(config, meta)
         self._state = ModelState(make_stepper(model, config.train, grouped=config.train.accumulate > 1))
-        self._prepare_s = time.perf_counter() - began
+        self._prepare_s += time.perf_counter() - began
         return self._source.epoch_items
 
     @contextmanager

@@ -17,12 +17,13 @@ from penstock.engine.feed import open_pack_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import FeedStats
 from penstock.feeds import open_train_feed
-from penstock.prepare import deal_items, own_splits, prepare, sample_config
+from penstock.prepare import deal_items, own_splits, pack_splits, plan_splits, read_summary, sample_config
 from penstock.run import Run
 from penstock.sampler.neighbors import count_items
 from penstock.storage.budget import Budgets, available_memory, default_budgets, free_disk
 from penstock.storage.graph import GraphMeta, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
+from penstock.storage.pack import PackMode
 from penstock.storage.progress import Progress
 from penstock.storage.remote.config import local_copy
 from penstock.storage.remote.hostlock import flocked
@@ -42,6 +43,12 @@ class Source(Protocol):
     "Items of an epoch, of all replicas."
     row_bytes: int
     "Of a row as packs hold it."
+
+    def plan(self) -> PackMode:
+        """Sample and plan; the mode that suits this host. To be called first."""
+
+    def prepare(self, mode: PackMode) -> None:
+        """Pack in this mode. To be called second."""
 
     def open_train(self, start: int, stop: int) -> AbstractContextManager[Iterable[MiniBatch]]:
         """Feed training steps start <= s < stop."""
@@ -119,8 +126,24 @@ class OwnPacks:
         self._run = run
         self.meta, self.row_bytes = run.graph.meta, _row_bytes(run.config, run.graph.meta)
         self.epoch_items = count_items(run.graph, "train", run.config.sampler.batch_size)
-        splits = own_splits(run)
-        self._packs = prepare(run, splits if run.config.feed == "memory" else (*splits, "train"))
+        self._in_memory = run.config.feed == "memory"
+        self._splits: tuple[Split, ...] = own_splits(run) if self._in_memory else (*own_splits(run), "train")
+
+    def plan(self) -> PackMode:
+        """See Source."""
+        self._plans = plan_splits(self._run, self._splits)
+        if not self._in_memory:
+            return read_summary(self._run, "train").mode
+        return "rolling" if self._run.config.plan.mode == "rolling" else "reuse"
+
+    def prepare(self, mode: PackMode) -> None:
+        """See Source; what was planned for another mode, since `auto` found other disks elsewhere, is planned again."""
+        run = self._run
+        if not self._in_memory and read_summary(run, "train").mode != mode:
+            plan = run.config.plan.model_copy(update={"mode": mode})
+            run.config = run.config.model_copy(update={"plan": plan})
+            self._plans |= plan_splits(run, ("train",))
+        self._packs = pack_splits(run, self._splits, self._plans)
         self._feed = open_train_feed(run, self._packs.get("train"))
 
     def open_train(self, start: int, stop: int) -> AbstractContextManager[Iterable[MiniBatch]]:
@@ -200,6 +223,13 @@ class FedItems:
         evaluates = config.evaluate.mode == "sampled"
         self._evaluation_bytes = int(budgets.host_bytes * config.evaluate.memory_share) if evaluates else 0
         self._train: Any = None
+
+    def plan(self) -> PackMode:
+        """See Source; feeders sample every epoch anew."""
+        return "rolling"
+
+    def prepare(self, mode: PackMode) -> None:
+        """See Source; feeders do."""
 
     def open_train(self, start: int, stop: int) -> AbstractContextManager[Iterable[MiniBatch]]:
         """See Source."""

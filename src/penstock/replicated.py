@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from penstock.cluster.directory import Directory
-from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.chunked.backend import Backend, OpenBackend, RankFailed
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.evaluate import evaluate_exact
@@ -25,6 +24,7 @@ from penstock.engine.metrics import Counts, Metrics
 from penstock.engine.supervision.restarts import run_with_restarts
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop
 from penstock.engine.trainstate import Stopped, TrainResult
+from penstock.identity import Keys
 from penstock.observation import Observation
 from penstock.prepare import deal_items, sample_config
 from penstock.replica import Leg, ReplicaReport, ReplicaSpec
@@ -32,6 +32,7 @@ from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
 from penstock.sampler.neighbors import count_items
 from penstock.storage.graph import Split
+from penstock.storage.pack import PackMode
 from penstock.timeline import clock_offset
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,18 @@ class ReplicaWorkers:
         self._item_s = 0.0  # seconds per item, of the last leg
         self._waits = {"evaluate": 0.0, "checkpoint": 0.0}
 
-    def prepare(self) -> int:
-        """Let replicas sample and pack, or wait for a feeder; returns the items of an epoch."""
+    def prepare(self) -> tuple[int, PackMode]:
+        """Let replicas sample and pack, or wait for a feeder; returns the items of an epoch, and the mode of all packs.
+
+        Weights depend on the mode, so where `auto` finds one host without room, all replicas roll.
+        """
         sharing = max(self._hosts.count(host) for host in self._hosts)
         fed = None if self._feeders is None else self._fed(self._feeders)
-        found: list[int] = self._call("prepare", [(sharing, fed)] * self._num, until_stopped=True)
+        modes = self._call("plan", [(sharing, fed)] * self._num, until_stopped=True)
+        mode: PackMode = "rolling" if "rolling" in modes else "reuse"
+        found: list[int] = self._call("prepare", [(mode,)] * self._num, until_stopped=True)
         assert len(set(found)) == 1, f"replicas see epochs of {found} items: their graphs differ"
-        return found[0]
+        return found[0], mode
 
     def _fed(self, feeders: Directory) -> Fed:
         run = self._run
@@ -190,8 +196,10 @@ class ReplicaWorkers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicated:
-    """What training on replicas came to; `hosts` by replica, what `feeders` say, `restarts` of all replicas."""
+    """What training on replicas came to; `identity` of the weights, `hosts` by replica, what `feeders` say, and the
+    `restarts` of all replicas."""
 
+    identity: Keys
     trained: TrainResult
     final: Mapping[str, Metrics]
     model: nn.Module
@@ -247,7 +255,8 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
         hosts = place.hosts(backend, len(specs))
         workers = ReplicaWorkers(run, backend, hosts, model, watch, feeders)
         began = time.perf_counter()
-        items_per_epoch = workers.prepare()
+        items_per_epoch, mode = workers.prepare()
+        identity = run.identity(**{"plan.mode": mode})
         prepare_s = time.perf_counter() - began
         loop = TrainLoop(
             config.train,
@@ -256,16 +265,17 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
             checkpoints=run.path / "checkpoints",
             metrics=run.path / "metrics.jsonl",
             evaluates=run.evaluates,
-            identity={"run": config.digest(), "graph": run.graph.fingerprint},
+            identity={"run": identity},
             stop_requested=run.stop_requested,
             progress=run.progress,
             record=watch.record,
         )
         trained = loop.run()
         workers.take_best()
-        final = workers.evaluate(run.splits_with_nodes) if run.evaluates else {}
+        final = workers.evaluate(run.labelled_splits) if run.evaluates else {}
         model.load_state_dict(workers.weights())
         return Replicated(
+            identity=identity,
             trained=trained,
             final=final,
             model=model,
@@ -277,7 +287,7 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
         )
 
 
-def train_replicas(run: Run, place: Place, watch: Observation, *, resume: bool) -> Replicated:
+def train_replicas(run: Run, place: Place, watch: Observation) -> Replicated:
     """Train on replicas; they start anew from the newest checkpoint when one is lost.
 
     RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop;
@@ -286,8 +296,6 @@ def train_replicas(run: Run, place: Place, watch: Observation, *, resume: bool) 
     specs = replica_specs(run, place.threads, place.num_gpus)
     num_items = count_items(run.graph, "train", run.config.sampler.batch_size)
     deal_items(run.config, "train", len(specs) - 1, len(specs), num_items)
-    if not resume:  # here, and not by the loop: an attempt that never got so far must not leave them to the next one
-        delete_checkpoints(run.path / "checkpoints")
 
     def tell(number: int, error: BaseException) -> None:
         watch.restarted(number)

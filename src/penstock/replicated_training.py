@@ -104,14 +104,14 @@ def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
     }
 
 
-def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, Any]:
+def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on replicas; returns the sections of `result.json`."""
     began, config, meta = time.perf_counter(), run.config, run.graph.meta
     for name in ("train", "valid", "test", "local/plan"):  # packs of this run without replicas would fill the disk
         shutil.rmtree(run.path / name, ignore_errors=True)
     opened: AbstractContextManager[Place] = _open_place(run)
     with opened as place:
-        found = train_replicas(run, place, watch, resume=resume)
+        found = train_replicas(run, place, watch)
     save_model(
         run.path / "model",
         found.model,
@@ -120,11 +120,14 @@ def train_replicated(run: Run, resume: bool, watch: Observation) -> dict[str, An
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
         outputs=Outputs.of(run.graph),
+        extra={"graph": run.graph.fingerprint},
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     trained, reports = found.trained, found.reports
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
     return {
+        "graph": run.graph.fingerprint,
+        "identity": found.identity,
         "metrics": _metrics(run, found),
         "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
         "timings": {

@@ -1,6 +1,7 @@
 """What a run leaves behind: `result.json`, the resolved configuration, `curves.png`."""
 
 import json
+import logging
 import subprocess
 import time
 from pathlib import Path
@@ -12,11 +13,14 @@ from penstock.config import RunConfig
 from penstock.exit_codes import exit_code
 from penstock.locations import publish_file
 from penstock.machine import hardware, versions
-from penstock.overrides import flatten
 from penstock.storage.budget import peak_rss_bytes
+from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.manifest import write_atomic, write_json
 from penstock.storage.redaction import redact, refuse_secrets
 from penstock.storage.remote.config import is_uri
+from penstock.storage.remote.files import RemoteError
+
+logger = logging.getLogger(__name__)
 
 RESULT_SCHEMA = 1
 
@@ -70,28 +74,23 @@ def write_result(
 
 
 def copy_result(path: Path, copy: Path | str) -> None:
-    """Copy a `result.json` to a path or URI."""
-    if is_uri(copy):
-        publish_file(path, str(copy))
-        return
-    Path(copy).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(copy), path.read_bytes())
+    """Copy a `result.json` to a path or URI. That this fails is a warning: it must not make a failure of a success."""
+    try:
+        if is_uri(copy):
+            publish_file(path, str(copy))
+            return
+        Path(copy).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(copy), path.read_bytes())
+    except (OSError, DoesNotFit, DataError, RemoteError) as error:
+        logger.warning("%s could not be copied to %s: %s", path, copy, error)
 
 
-def write_config(path: Path, config: RunConfig) -> None:
-    """Write the resolved configuration as YAML that `-c` accepts; ValueError where it holds a secret."""
+def write_config(path: Path, config: RunConfig, graph: str) -> None:
+    """Write the resolved configuration as YAML that `-c` accepts, above it the graph's fingerprint; ValueError where it
+    holds a secret."""
     value = config.model_dump(mode="json")
     refuse_secrets(value)
-    write_atomic(path, yaml.safe_dump(value, sort_keys=False).encode())
-
-
-def differing_keys(path: Path, config: RunConfig) -> list[str]:
-    """Which keys of the run that `path` describes differ from `config`; those that may change do not count."""
-    stored = flatten(yaml.safe_load(path.read_text()) or {})
-    if stored.get("remote.dataset") is not None:
-        stored["dataset"] = stored["remote.dataset"]  # as in `RunConfig.identity`
-    wanted = config.identity()
-    return sorted(key for key, item in wanted.items() if stored.get(key) != item)
+    write_atomic(path, f"# graph: {graph}\n{yaml.safe_dump(value, sort_keys=False)}".encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 | in the folder | written by |
 |---|---|
-| `config.yaml` | the first verb; later verbs refuse another configuration |
-| `machine.json` | the first verb: budgets and disk rates that a resumed run plans with again |
+| `config.yaml` | every verb that was accepted: the configuration as it is now |
+| `machine.json` | every verb: budgets and disk rates; what the user leaves open stays as it was found at first |
 | `train/`, `valid/`, `test/` | sampled: trace (deleted once packed), plan.json and packs of a split |
 | `chunks/`, `features/`, `ranks/` | chunked: the cut graph, packs of the chunks' features, scratch of the ranks |
 | `chunked.json` | chunked: the ranks that were chosen |
 | `checkpoints/`, `metrics.jsonl` | training |
 | `model/`, `result.json`, `curves.png`, `schedule.png` | the end of training |
+
+Weights bind a folder: with checkpoints or a finished result, another graph or configuration is refused. Without, what
+is there is kept where it was made of the same (see `claims`), and cleared where it was not. Nothing is written before
+what was asked for has been checked (see `preflight`).
 """
 
 import logging
@@ -18,15 +22,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from penstock.config import RunConfig
+from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, seed_step
-from penstock.remote_run import bring_back, held_run, mirrored_run, require_same, staged_dataset
+from penstock.identity import Keys, Trained, identity_of, read_trained, require_same, settle
+from penstock.preflight import check, has_labels
+from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
@@ -60,13 +69,18 @@ class Run:
         *,
         rank: int = 0,
         replicas: int = 1,
+        trained: Trained | None = None,
     ) -> None:
-        self.rank, self.replicas = rank, replicas
+        self.rank, self.replicas, self.trained = rank, replicas, trained
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
         self.budgets, self.disk_rates = _resolve_machine(config)
+
+    def identity(self, **chosen: Any) -> Keys:
+        """What the weights of this run depend on; `chosen` has what `auto` came to, under dotted keys."""
+        return identity_of(self.config, self.graph, chosen)
 
     def progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         """Show how far a step is, and end it if the run was asked to stop; it continues where it is.
@@ -79,19 +93,19 @@ class Run:
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
-        """Splits that are sampled for evaluation: those that have nodes, if there is one and the user wants it so."""
-        return self.splits_with_nodes if self.evaluates and self.config.evaluate.mode == "sampled" else ()
+        """Splits that are sampled for evaluation: those that have labels, if there is one and the user wants it so."""
+        return self.labelled_splits if self.evaluates and self.config.evaluate.mode == "sampled" else ()
 
-    @property
-    def splits_with_nodes(self) -> tuple[Split, ...]:
+    @cached_property
+    def labelled_splits(self) -> tuple[Split, ...]:
         """Splits to evaluate on."""
         splits: tuple[Split, ...] = ("valid", "test")
-        return tuple(split for split in splits if len(self.graph.split_ids(split)))
+        return tuple(split for split in splits if has_labels(self.graph, split))
 
     @property
     def evaluates(self) -> bool:
         """Whether there is a valid split to evaluate on, and the user wants it."""
-        return self.config.evaluate.mode != "none" and len(self.graph.split_ids("valid")) > 0
+        return self.config.evaluate.mode != "none" and "valid" in self.labelled_splits
 
     @property
     def evaluation_bytes(self) -> int:
@@ -116,24 +130,27 @@ def initial_model(config: RunConfig, meta: GraphMeta) -> nn.Module:
 
 
 def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
-    """Budgets and disk rates of the run, from `machine.json` where it is there: a resumed run must plan the same.
-
-    What the user left open follows from what was free when the run began, which is not what is free now.
+    """Budgets and disk rates of the run. What the user leaves open stays as `machine.json` has it: it follows from what
+    was free when the run began, which is not what is free now, and a resumed run must plan the same.
     """
     path = config.run_dir / _MACHINE
-    if path.is_file():
-        value = read_json(path)
-        return Budgets(**value["budgets"]), DiskRates(**value["disk_rates"])
+    there = read_json(path) if path.is_file() else {}
+    found: dict[str, int] = there.get("found", {})  # budgets that nobody gave
     given, device = config.budgets, torch.device(config.train.device)
-    device_bytes = given.device_memory
+    device_bytes = found.get("device_bytes") if given.device_memory is None else given.device_memory
     # who drives ranks on other machines may have no GPU itself
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = torch.cuda.mem_get_info(device)[0] // 2  # the other half is the model's
     budgets = default_budgets(
-        config.run_dir, device_bytes=device_bytes, host_bytes=given.host_memory, disk_bytes=given.disk
+        config.run_dir,
+        device_bytes=device_bytes,
+        host_bytes=found.get("host_bytes") if given.host_memory is None else given.host_memory,
+        disk_bytes=found.get("disk_bytes") if given.disk is None else given.disk,
     )
-    rates = measure_disk(config.run_dir)
-    write_json(path, {"budgets": asdict(budgets), "disk_rates": asdict(rates)})
+    rates = DiskRates(**there["disk_rates"]) if there else measure_disk(config.run_dir)
+    is_given = {"device_bytes": given.device_memory, "host_bytes": given.host_memory, "disk_bytes": given.disk}
+    found |= {key: value for key, value in asdict(budgets).items() if is_given[key] is None}
+    write_json(path, {"found": found, "budgets": asdict(budgets), "disk_rates": asdict(rates)})
     return budgets, rates
 
 
@@ -155,11 +172,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _forget(folder: Path) -> None:
+def _forget(config: RunConfig) -> None:
     for name in _DERIVED:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.rmtree(config.run_dir / name, ignore_errors=True)
     for name in _DERIVED_FILES:
-        (folder / name).unlink(missing_ok=True)
+        (config.run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(config.work_dir, ignore_errors=True)
+
+
+def _forget_weights(folder: Path) -> None:
+    """Make the folder nobody's; its packs may be of use, and its model is until there is another."""
+    (folder / "result.json").unlink(missing_ok=True)  # first: a finished run without checkpoints would be none
+    delete_checkpoints(folder / "checkpoints")
 
 
 @contextmanager
@@ -167,26 +191,48 @@ def open_run(
     config: RunConfig,
     *,
     force: bool = False,
+    resume: bool = True,
+    if_changed: bool = False,
     progress: Progress = silent,
     stop_requested: threading.Event | None = None,
 ) -> Iterator[Run]:
     """Open or make the run folder; where dataset or run are at URIs, work on local copies and mirror the run's.
 
-    ValueError where another process has it, or where it belongs to another configuration (naming the keys that differ);
-    `force` deletes what is there. FormatError where the dataset is none.
+    ValueError where another process has it, where what was asked for cannot work (before anything is written), or where
+    weights are there that were made of another graph or configuration (saying what differs); without `resume` weights
+    are deleted, with `if_changed` those of something else, with `force` all that is there. FormatError where the
+    dataset is none.
     """
     stop = stop_requested or threading.Event()
     with staged_dataset(config, progress, stop):
         graph = open_graph(config.dataset)
+        check(config, graph)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         with _locked(config.run_dir), held_run(config, stop) as lock:
             if force:
-                _forget(config.run_dir)
-                shutil.rmtree(config.work_dir, ignore_errors=True)
-            stored = config.run_dir / "config.yaml"
-            require_same(stored, config, config.run_dir)
-            bring_back(config, force=force)
-            if not stored.is_file():
-                write_config(stored, config)
+                _forget(config)
+            bring_back(config, anew=force or not resume)
+            config, trained = _take_up(config, graph, resume=resume, if_changed=if_changed)
+            write_config(config.run_dir / "config.yaml", config, graph.fingerprint)
             with mirrored_run(config, lock):
-                yield Run(config, graph, progress, stop)
+                yield Run(config, graph, progress, stop, trained=trained)
+
+
+def _take_up(
+    config: RunConfig, graph: GraphStore, *, resume: bool, if_changed: bool
+) -> tuple[RunConfig, Trained | None]:
+    """The configuration as weights that are there settle it, and those weights, unless they are not wanted any more."""
+    trained = read_trained(config.run_dir)
+    try:
+        if trained is not None and resume:
+            settled = settle(config, trained)
+            require_same(settled, graph, trained)
+            return settled, trained
+    except ValueError as error:
+        if not if_changed:
+            raise
+        logger.warning("%s; training anew", error)
+        bring_back(config, anew=True)
+    if trained is not None:
+        _forget_weights(config.run_dir)
+    return settle(config, None), None

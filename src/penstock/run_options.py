@@ -88,7 +88,7 @@ class RunOptions:
     quiet: bool = False
     "No progress."
 
-    def load(self, dataset: str | None) -> "RunConfig":
+    def load(self, dataset: str | None, *, feed: Literal["memory"] | None = None) -> "RunConfig":
         """Compose the `RunConfig`; ValueError where it is wrong."""
         from penstock.config import load_config
 
@@ -123,6 +123,7 @@ class RunOptions:
             "sampler.batch_size": self.batch_size,
             "sampler.seed": self.seed,
             "mode": self.mode,
+            "feed": feed,
             "chunked.chunks": self.chunks,
             "chunked.stages": self.stages,
             "chunked.parts": self.parts,

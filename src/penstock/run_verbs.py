@@ -123,15 +123,26 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])
 
 
-def run_train(config: RunConfig, *, force: bool, resume: bool, result_json: Path | str | None, quiet: bool) -> None:
+def run_train(
+    config: RunConfig, *, force: bool, resume: bool, if_changed: bool, result_json: Path | str | None, quiet: bool
+) -> None:
     """`penstock train`."""
     stop = threading.Event()
     with stop_on_signals(stop), progress(quiet=quiet) as show:
-        result = train(config, force=force, resume=resume, result_json=result_json, progress=show, stop_requested=stop)
+        result = train(
+            config,
+            force=force,
+            resume=resume,
+            if_changed=if_changed,
+            result_json=result_json,
+            progress=show,
+            stop_requested=stop,
+        )
     metrics = result["metrics"]
     rows = [(name.replace("_", " "), f"{metrics[name]:.4f}") for name in metrics if name.endswith("_accuracy")]
     rows += [("result", str(config.run_dir / "result.json"))]
-    print_table(f"run {config.run_dir}: {result['status']}", rows)
+    status = "already done" if "already_done" in result else result["status"]
+    print_table(f"run {config.run_dir}: {status}", rows)
 
 
 def run_infer(

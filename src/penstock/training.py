@@ -18,17 +18,19 @@ from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
 from penstock.engine.outputs import Outputs
-from penstock.engine.trainer import Stopped, Trainer, TrainResult, check_device
+from penstock.engine.trainer import Stopped, Trainer, TrainResult
 from penstock.feeds import TrainFeed, open_train_feed
+from penstock.identity import Keys, has_all_epochs
+from penstock.locations import require_writable
 from penstock.observation import Observation, observed
 from penstock.prepare import Prepared, prepare
+from penstock.remote_run import reopen
 from penstock.replicated_training import train_replicated
 from penstock.report import copy_result, draw_curves, write_result
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import Split
-from penstock.storage.manifest import read_json
 from penstock.storage.progress import Progress, silent
 from penstock.storage.spans import TRACE
 
@@ -77,7 +79,7 @@ class Evaluation:
 
 
 def _run_trainer(
-    run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, resume: bool, watch: Observation
+    run: Run, feed: TrainFeed, evaluation: Evaluation, model: nn.Module, identity: Keys, watch: Observation
 ) -> TrainResult:
     trainer = Trainer(
         model,
@@ -86,12 +88,12 @@ def _run_trainer(
         checkpoints=run.path / "checkpoints",
         metrics=run.path / "metrics.jsonl",
         evaluate=(lambda trained: evaluation(trained, ("valid",))) if run.evaluates else None,
-        identity={"run": run.config.digest(), "graph": run.graph.fingerprint},
+        identity={"run": identity},
         stop_requested=run.stop_requested,
         progress=lambda *place, **numbers: run.progress(*place, **numbers, **feed.numbers()),
         record=watch.record,
     )
-    return trainer.run(feed.open, resume=resume)
+    return trainer.run(feed.open)
 
 
 def _metrics(run: Run, trained: TrainResult, final: Mapping[str, Metrics]) -> dict[str, Any]:
@@ -128,22 +130,22 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
     }
 
 
-def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observation) -> dict[str, Any]:
+def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[str, Any]:
     if run.config.mode == "chunked" or run.config.has_replicas:
         chunked = run.config.mode == "chunked"
-        sections = (train_chunked if chunked else train_replicated)(run, resume, watch)
+        sections = (train_chunked if chunked else train_replicated)(run, watch)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     started = time.perf_counter()
-    check_device(run.config.train)
     shutil.rmtree(run.config.work_dir, ignore_errors=True)  # packs of this run with replicas would fill the disk
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))
     evaluation, model = Evaluation(run, packs), make_model(run)
     feed = open_train_feed(run, packs.get("train"))
+    identity = run.identity(**({} if in_memory else {"plan.mode": packs["train"].summary.mode}))
     prepare_s = time.perf_counter() - started
-    trained = _run_trainer(run, feed, evaluation, model, resume, watch)
+    trained = _run_trainer(run, feed, evaluation, model, identity, watch)
     train_s = time.perf_counter() - started - prepare_s
-    final = evaluation(model, run.splits_with_nodes) if run.evaluates else {}
+    final = evaluation(model, run.labelled_splits) if run.evaluates else {}
     meta, config = run.graph.meta, run.config
     save_model(
         run.path / "model",
@@ -153,6 +155,7 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
         outputs=Outputs.of(run.graph),
+        extra={"graph": run.graph.fingerprint},
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
@@ -160,6 +163,8 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
         run.path / "result.json",
         status="ok",
         config=config,
+        graph=run.graph.fingerprint,
+        identity=identity,
         metrics=_metrics(run, trained, final),
         copy=result_json,
         artefacts={name: str((run.path / name).resolve()) for name in artefacts},
@@ -179,16 +184,16 @@ def _job(run: Run, resume: bool, result_json: Path | str | None, watch: Observat
 
 
 def _finished(run: Run, result_json: Path | str | None) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do."""
-    path = run.path / "result.json"
-    if not path.is_file():
+    """The result of a run that has nothing left to do; one that is to go on for more epochs loses it."""
+    trained = run.trained
+    if trained is None or trained.result is None:
         return None
-    value: dict[str, Any] = read_json(path)
-    if value["status"] != "ok":
+    if not has_all_epochs(run.config, trained):
+        reopen(run.config)
         return None
     if result_json is not None:
-        copy_result(path, result_json)
-    return value
+        copy_result(run.path / "result.json", result_json)
+    return {**trained.result, "already_done": True}
 
 
 def _report_failure(run: Run, error: Exception, result_json: Path | str | None) -> None:
@@ -205,26 +210,31 @@ def train(
     *,
     force: bool = False,
     resume: bool = True,
+    if_changed: bool = False,
     result_json: Path | str | None = None,
     progress: Progress = silent,
     stop_requested: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Do the main job in `config.run_dir` and return what `result.json` says.
 
-    A finished run is returned as it is, one that was cut off is continued; without `resume` training begins again on
-    the packs that are there, and `force` deletes those too. Setting
-    `stop_requested` makes it write a checkpoint and raise Stopped. Raises ValueError for a run folder of another
-    configuration or in use, DataError for bad data, DoesNotFit for budgets that are too small; a `result.json` of
+    A finished run is returned as it is, with `already_done`; one that was cut off, or is to have more epochs, goes on.
+    Without `resume` training begins again on the packs that are there, with `if_changed` where graph or configuration
+    are others than those of the weights that are there; `force` deletes the packs too. Setting
+    `stop_requested` makes it write a checkpoint and raise Stopped. Raises ValueError for a run folder in use or with
+    weights of something else, DataError for bad data, DoesNotFit for budgets that are too small; a `result.json` of
     status `failed` or `stopped` says so too.
     """
-    with open_run(config, force=force, progress=progress, stop_requested=stop_requested) as run:
-        if resume and (done := _finished(run, result_json)) is not None:
+    if result_json is not None:
+        require_writable(result_json)
+    opened = open_run(
+        config, force=force, resume=resume, if_changed=if_changed, progress=progress, stop_requested=stop_requested
+    )
+    with opened as run:
+        if (done := _finished(run, result_json)) is not None:
             return done
-        if not resume:  # else the old result would be taken for that of this training, should it be killed
-            (run.path / "result.json").unlink(missing_ok=True)
-        with observed(config, progress) as watch:
+        with observed(run.config, progress) as watch:
             try:
-                return _job(run, resume, result_json, watch)
+                return _job(run, result_json, watch)
             except Exception as error:
                 _report_failure(run, error, result_json)
                 raise

@@ -231,8 +231,8 @@ def test_a_job_that_runs_is_followed_and_not_submitted(
     jobs.submit(base, "echo working; sleep 3; exit 75", tmp_path)
     there = SubmitOptions(address=cluster.address)
     with pytest.raises(ValueError, match=f"stop it first: ray job stop {base}"):
-        run_submit(config, there, force=True, copy=None, quiet=False)
-    assert run_submit(config, there, force=False, copy=tmp_path / "result.json", quiet=False) == 75
+        run_submit(config, there, how="force", copy=None, quiet=False)
+    assert run_submit(config, there, how="resume", copy=tmp_path / "result.json", quiet=False) == 75
     said = capsys.readouterr().out
     assert "runs already" in said and "working\n" in said and "exit code 75" in said
     assert [job.id for job in jobs.attempts(base)] == [base]

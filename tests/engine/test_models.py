@@ -14,10 +14,10 @@ from penstock.engine.models import (
     build_model,
     check_layer_forward,
     layer_forward,
-    load_class,
     needs_degrees,
 )
 from penstock.engine.native import transpose
+from penstock.engine.usermodule import load_class
 
 KINDS = ["sage", "gcn", "gat", "gin"]
 FEATURES, CLASSES = 6, 3

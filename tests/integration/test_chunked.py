@@ -188,7 +188,7 @@ def test_kills_and_other_stages_leave_the_same_weights(graph: Path, tmp_path: Pa
     assert losses[0] == losses[1]
 
 
-def test_sigterm_writes_a_checkpoint_and_another_number_of_parts_goes_on(graph: Path, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_another_number_of_stages_goes_on(graph: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", graph, "--run-dir", run, *SHAPE, "--model", "sage", "--epochs", "40"]
     with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as process:
@@ -202,6 +202,8 @@ def test_sigterm_writes_a_checkpoint_and_another_number_of_parts_goes_on(graph: 
     assert json.loads((run / "result.json").read_text())["status"] == "stopped"
     assert list((run / "checkpoints").glob("step-*/state.json"))
     done = penstock(*words, "--parts", "2")
+    assert done.returncode == 2 and "chunked.parts (1 there, 2 asked)" in done.stderr, done.stderr
+    done = penstock(*words, "--stages", "2")
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "result.json").read_text())["resumed_from"] >= 1
 

@@ -194,15 +194,28 @@ def test_the_result_of_a_failed_run_is_at_its_uri(store: Path, tmp_path: Path) -
 
 
 def test_a_uri_of_another_configuration_is_refused_unless_forced(store: Path, tmp_path: Path) -> None:
-    with open_run(on_host("first", store, tmp_path)):
-        pass
+    train(on_host("first", store, tmp_path))
     other = on_host("second", store, tmp_path, **{"train.lr": 0.5})
-    with pytest.raises(ValueError, match=r"bucket/run was made with other values of train\.lr"), open_run(other):
-        pass
-    with open_run(on_host("second", store, tmp_path, **{"train.lr": 0.5}), force=True):
-        pass
-    with pytest.raises(ValueError, match=r"train\.lr"), open_run(on_host("third", store, tmp_path)):
-        pass
+    with pytest.raises(ValueError, match=r"bucket/run was trained with other values of train\.lr"):
+        train(other)
+    assert "already_done" not in train(other, force=True)
+    with pytest.raises(ValueError, match=r"train\.lr"):
+        train(on_host("third", store, tmp_path))
+    assert train(on_host("fourth", store, tmp_path, **{"train.lr": 0.5}))["already_done"]
+
+
+def test_a_run_at_a_uri_goes_on_for_more_epochs_on_another_host(store: Path, tmp_path: Path) -> None:
+    train(on_host("first", store, tmp_path))
+    more = {"train.epochs": on_host("first", store, tmp_path).train.epochs + 2}
+
+    def progress(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        if stage == "train":
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        train(on_host("second", store, tmp_path, **more), progress=progress)
+    assert json.loads((tmp_path / "bucket" / "run" / "result.json").read_bytes())["status"] == "failed"
+    assert train(on_host("third", store, tmp_path, **more))["resumed_from"] > 0
 
 
 def test_credentials_in_a_uri_are_refused_before_anything_is_written(store: Path, tmp_path: Path) -> None:

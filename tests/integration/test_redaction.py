@@ -98,7 +98,7 @@ def test_neither_result_nor_configuration_holds_a_secret(tmp_path: Path) -> None
     plain = load_config(None, (), flags)
     config = plain.model_copy(update={"model": plain.model.model_copy(update={"kwargs": {"api_token": SECRET}})})
     with pytest.raises(ValueError, match="model.kwargs.api_token"):
-        write_config(tmp_path / "config.yaml", config)
+        write_config(tmp_path / "config.yaml", config, "1234")
     assert not (tmp_path / "config.yaml").exists()
     error = ValueError(f"the store refused token={SECRET} at s3://user:{SECRET[:6]}@host/graph")
     result = write_result(
@@ -112,7 +112,7 @@ def test_neither_result_nor_configuration_holds_a_secret(tmp_path: Path) -> None
     for text in (json.dumps(result), *(path.read_text() for path in tmp_path.iterdir())):
         assert SECRET not in text and SECRET[:6] not in text
     assert result["config"]["model"]["kwargs"] == {"api_token": "***"} and result["metrics"] == {"loss": 1.5}
-    write_config(tmp_path / "config.yaml", plain)
+    write_config(tmp_path / "config.yaml", plain, "1234")
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert load_config(tmp_path / "config.yaml") == plain and stored == plain.model_dump(mode="json")
 

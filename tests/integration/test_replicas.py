@@ -158,7 +158,7 @@ def test_a_replica_may_have_nothing_left(graph: Path, tmp_path: Path) -> None:
         config=config,
     )
     with open_replica(spec, ThreadTransport(ThreadHub(), 1, 20), lambda done, total: None) as replica:
-        assert replica.prepare(2, None) == 17
+        assert replica.plan(2, None) == "rolling" and replica.prepare("rolling") == 17
         replica.open_feed(50, 51)
         assert replica.report().items == 0
 
