@@ -92,6 +92,7 @@ class FeederSession:
             deal=None if deal is None else Deal(**deal),
             memory=feeder.memory,
             threads=feeder.spec.threads,
+            known_inputs=int(request.get("known_inputs", 0)),
         )
         return Answer(head={"job": job.to_json()}, data=job.kept.astype("<i8").tobytes())
 

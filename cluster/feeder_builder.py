@@ -100,10 +100,9 @@ class Feeder:
         """
         limit = min(job.feeder_bytes, self.room)
         if job.build_bytes > limit:
-            wanted = job.build_bytes * max(1, self.room // job.feeder_bytes) + PAGE
             raise DoesNotFit(
                 f"building a window takes {job.build_bytes} bytes, this feeder has {format_bytes(limit)} of disk for "
-                f"it; set cluster.feeder_disk to {wanted} or more"
+                f"it; set cluster.feeder_disk to {self._disk_for(job, job.build_bytes)} or more"
             )
         folder = self.scratch("window")
         with self.changed:
@@ -119,6 +118,10 @@ class Feeder:
             self._note()
             self.changed.notify_all()
             return order
+
+    def _disk_for(self, job: WindowJob, num_bytes: int) -> int:
+        """The disk of which a job's share holds so many bytes."""
+        return num_bytes * max(1, self.room // job.feeder_bytes) + PAGE
 
     def _later(self, session: object, window: int) -> list[Order]:
         return [order for order in self._orders if order.session is session and order.window > window]
@@ -199,8 +202,8 @@ class Feeder:
         if num_bytes > limit:
             raise DoesNotFit(
                 f"window {order.window} takes {num_bytes} bytes while it is built, this feeder has "
-                f"{format_bytes(limit)} of disk for it; raise cluster.feeder_disk, or resume the run: it sizes its "
-                "windows anew, where training is now"
+                f"{format_bytes(limit)} of disk for it; set cluster.feeder_disk to "
+                f"{self._disk_for(order.job, num_bytes)} or more"
             )
         with self.changed:
             while not self._fits(order.session, order.job, num_bytes - order.reserved):

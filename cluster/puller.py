@@ -18,13 +18,13 @@ from pathlib import Path
 from penstock.cluster.lane import Lane, Pace
 from penstock.sampler.windowtask import WindowJob
 from penstock.storage.budget import format_bytes
-from penstock.storage.errors import DataError, DoesNotFit, FormatError
+from penstock.storage.errors import DataError, DoesNotFit, FormatError, Outgrown
 from penstock.storage.trace import window_name
 from penstock.storage.transfer import Address
 
 logger = logging.getLogger(__name__)
 
-KINDS: dict[str, type[Exception]] = {"DoesNotFit": DoesNotFit, "DataError": DataError, "FormatError": FormatError}
+KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (DoesNotFit, Outgrown, DataError, FormatError)}
 _CHECK_GAP_S = 0.5  # calls of `check` closer than that belong to one wait
 
 

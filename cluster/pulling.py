@@ -26,8 +26,9 @@ from penstock.sampler.rolling import clear_windows
 from penstock.sampler.windowtask import WindowJob, check_kept
 from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
-from penstock.storage.errors import FormatError
+from penstock.storage.errors import FormatError, Outgrown
 from penstock.storage.graph import GraphStore, Split
+from penstock.storage.manifest import read_json, write_json
 from penstock.storage.npyfile import write_npy
 from penstock.storage.pack import write_packset
 from penstock.storage.rows import RowFormat
@@ -154,7 +155,8 @@ def open_puller(
 
     `budgets` are this replica's, its disk for windows here. `shares` is how many pullers use the same feeders at a
     time: each may fill that part of their disks. `refresh` says which feeders there are, should none of `addresses` be
-    there any more. Raises DoesNotFit, DataError or ValueError where it cannot be done so.
+    there any more. Raises DoesNotFit, DataError or ValueError where it cannot be done so; Outgrown where an item is
+    larger than expected, which the next call with this `packs` makes room for.
     """
     pace = pace or Pace()
     request = {
@@ -168,6 +170,8 @@ def open_puller(
         "deal": None if deal is None else asdict(deal),
         "shares": shares,
     }
+    known = packs.parent / "known.json"
+    request["known_inputs"] = read_json(known)["inputs"] if known.exists() else 0
     job, addresses = _describe_in_time(addresses, token, request, pace, refresh)
     clear_windows(packs)
     try:
@@ -181,6 +185,9 @@ def open_puller(
             yield puller
         finally:
             puller.close()
+    except Outgrown:
+        write_json(known, {"inputs": 2 * job.meta.max_inputs})
+        raise
     finally:
         shutil.rmtree(packs, ignore_errors=True)
 

@@ -5,6 +5,8 @@ the consumer computes. Memory is the host tier, a ring of extents (two or more, 
 batches; the payloads of two items, some percent of their features, come on top.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,9 +22,10 @@ from penstock.engine.device_tier import DeviceTier, gather_on_device, side_strea
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Counters, Feed
 from penstock.storage.budget import format_bytes, num_threads
-from penstock.storage.errors import DoesNotFit, FormatError
+from penstock.storage.errors import DoesNotFit, FormatError, Outgrown
 from penstock.storage.extents import (
     ExtentStream,
+    LoadedExtent,
     PackWindow,
     Slot,
     delete_windows,
@@ -38,6 +41,8 @@ from penstock.storage.pipe import PipeClosed
 from penstock.storage.table import RowSource, StoredRows
 from penstock.storage.tiers import HostTier, place_rows, restore
 from penstock.storage.trace import window_name
+
+logger = logging.getLogger(__name__)
 
 _MAX_SLOTS = 4  # more extents in flight did not make the feed faster on the reference machine
 
@@ -56,21 +61,25 @@ class PackSource:
         device: torch.device,
         threads: int,
         producer_check: Callable[[], None] | None,
+        start_over: Callable[[int], tuple[PackSetMeta, list[Slot]]] | None,
     ) -> None:
-        self._packs, self._meta, self._rows, self._steps = packs, meta, rows, steps
-        self._slots, self._threads, self._check = slots, threads, producer_check
+        self._packs, self._rows, self._steps, self._device = packs, rows, steps, device
+        self._threads, self._check, self._start_over = threads, producer_check, start_over
         self._copies = side_stream(device)
-        self._host = HostTier(meta.host_slots, meta.row_format)
-        self._on_device = DeviceTier(meta.device_slots, meta.row_format, device)
         self._stream: ExtentStream | None = None
-        self._restored_bytes, self._stopped = 0, False
+        self._restored_bytes, self._past_read_s, self._stopped = 0, 0.0, False
         self.counters = Counters()
+        self._take(meta, slots)
+
+    def _take(self, meta: PackSetMeta, slots: list[Slot]) -> None:
+        self._meta, self._slots = meta, slots
+        self._host = HostTier(meta.host_slots, meta.row_format)
+        self._on_device = DeviceTier(meta.device_slots, meta.row_format, self._device)
 
     def assemble(self, step: int, buffer: BatchBuffer) -> MiniBatch:
         """Wait for a step's extent, make its batch, and update the host tier."""
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
-            stream = self._stream or self._open()
-            loaded = stream.get()
+            stream, loaded = self._load(step)
             started = time.perf_counter()
             extent = verify_extent(loaded)
             self._check_codes(extent)
@@ -78,9 +87,27 @@ class PackSource:
             stream.release(loaded.slot)
             self._wrap_after(loaded.item)
         self.counters.assemble_s += time.perf_counter() - started
-        self.counters.read_s = stream.read_s
+        self.counters.read_s = self._past_read_s + stream.read_s
         self.counters.bytes_read = self._restored_bytes + stream.bytes_read
         return batch
+
+    def _load(self, step: int) -> tuple[ExtentStream, LoadedExtent]:
+        """Wait for a step's extent; where windows have outgrown what they were sized for, from packs sized anew."""
+        while True:
+            try:
+                stream = self._stream or self._open()
+                return stream, stream.get()
+            except Outgrown as reason:
+                if self._start_over is None:
+                    raise
+                logger.warning("rolling windows start anew at step %d: %s", step, reason)
+            if self._stream is not None:
+                self._stream.close()
+                self._restored_bytes += self._stream.bytes_read
+                self._past_read_s += self._stream.read_s
+            self._stream, self._steps = None, range(step, self._steps.stop)
+            del self._host, self._on_device, self._slots  # before there are others
+            self._take(*self._start_over(step))
 
     def _gather(self, extent: Extent, slot: Slot, step: int, buffer: BatchBuffer) -> MiniBatch:
         head = extent.head
@@ -184,13 +211,15 @@ def open_pack_feed(
     device: torch.device | str = "cpu",
     threads: int | None = None,
     producer_check: Callable[[], None] | None = None,
+    start_over: Callable[[int], None] | None = None,
     delete_behind: bool = False,
     auto_release: bool = True,
 ) -> Feed:
     """Open an iterator of the mini-batches of steps start_step <= s < stop_step; also a context manager.
 
     Step s is item s % num_items of a `reuse` pack set, item s of a `rolling` one. `producer_check` raises when the
-    process that makes rolling windows is gone; without it, a missing window is an error at once. `delete_behind`
+    process that makes rolling windows is gone; without it, a missing window is an error at once. Where it raises
+    Outgrown, `start_over(step)` makes the folder hold larger ones from a step on. `delete_behind`
     deletes windows behind the feed: as soon as their last batch is given back, or, without `auto_release`, when
     `feed.release(step)` says that nothing before `step` is wanted again. Of `graph` only the rows are read that fill
     the tiers before the first step.
@@ -203,14 +232,33 @@ def open_pack_feed(
         where_from = graph.path if isinstance(graph, GraphStore) else f"{rows.fingerprint}, which rows come from"
         raise FormatError(f"{packs} was packed from another graph than {where_from}; pack again")
     slots, where = make_slots(meta, host_memory), torch.device(device)
+    current, replacing = [meta], threading.Lock()  # windows are numbered otherwise once they are sized anew
+
+    def take_over(step: int) -> tuple[PackSetMeta, list[Slot]]:
+        assert start_over is not None
+        slots.clear()
+        with replacing:
+            start_over(step)
+            current[0] = open_packset(packs)
+        return current[0], make_slots(current[0], host_memory)
 
     def open_source(steps: range) -> PackSource:
-        count = num_threads() if threads is None else threads
-        return PackSource(packs, meta, rows, steps, slots, device=where, threads=count, producer_check=producer_check)
+        return PackSource(
+            packs,
+            current[0],
+            rows,
+            steps,
+            slots if current[0] is meta else make_slots(current[0], host_memory),
+            device=where,
+            threads=num_threads() if threads is None else threads,
+            producer_check=producer_check,
+            start_over=None if start_over is None else take_over,
+        )
 
     def release(step: int) -> None:
-        if delete_behind and meta.mode == "rolling":
-            delete_windows(packs, step // meta.window_items)
+        with replacing:
+            if delete_behind and meta.mode == "rolling":
+                delete_windows(packs, step // current[0].window_items)
 
     return Feed(
         open_source,

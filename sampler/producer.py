@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +21,15 @@ from penstock.sampler.plan import PlanConfig
 from penstock.sampler.rolling import clear_windows, produce_windows
 from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
-from penstock.storage.errors import DataError, DoesNotFit, FormatError
+from penstock.storage.errors import DataError, DoesNotFit, FormatError, Outgrown
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json, write_json
 
 _ERROR = "error.json"
 _WATCH_S = 0.5
 _STOP_S = 10.0
-_KINDS: dict[str, type[Exception]] = {"DoesNotFit": DoesNotFit, "DataError": DataError, "FormatError": FormatError}
+_BUDGETS: dict[str, type[DoesNotFit]] = {"DoesNotFit": DoesNotFit, "Outgrown": Outgrown}
+_KINDS: dict[str, type[Exception]] = {"DataError": DataError, "FormatError": FormatError}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,9 @@ def _work(order: Order, parent: int) -> None:
             threads=order.threads,
         )
     except Exception as error:
-        report = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        report: dict[str, object] = {"kind": type(error).__name__, "message": str(error)}
+        report["traceback"] = traceback.format_exc()
+        report |= {name: getattr(error, name, None) for name in ("host_bytes", "disk_bytes")}
         write_json(order.out / _ERROR, report)
         raise SystemExit(1) from error
 
@@ -77,8 +81,9 @@ def _work(order: Order, parent: int) -> None:
 class Producer:
     """A running producer; a context manager that stops it. `check` may be called from any thread."""
 
-    def __init__(self, process: BaseProcess, out: Path) -> None:
-        self._process, self.out = process, out
+    def __init__(self, order: Order) -> None:
+        self._order, self.out = order, order.out
+        self._process = _start(order)
 
     def __enter__(self) -> "Producer":
         return self
@@ -91,15 +96,32 @@ class Producer:
         if (self.out / _ERROR).is_file():
             report = read_json(self.out / _ERROR)
             logging.getLogger(__name__).debug("the producer failed:\n%s", report["traceback"])
-            raise _KINDS.get(report["kind"], RuntimeError)(
-                f"the producer of rolling windows failed: {report['message']}"
-            )
+            message = f"the producer of rolling windows failed: {report['message']}"
+            if report["kind"] in _BUDGETS:
+                sizes = {name: report[name] for name in ("host_bytes", "disk_bytes")}
+                raise _BUDGETS[report["kind"]](message, **sizes)
+            raise _KINDS.get(report["kind"], RuntimeError)(message)
         code = self._process.exitcode
         if code:
             raise RuntimeError(
                 f"the producer of rolling windows in {self.out} died with exit code {code} (negative: killed by that "
                 "signal, -9 often for lack of memory); resume the run, with less --host-memory if it happens again"
             )
+
+    def wait_until_ready(self) -> None:
+        """Return when the pack set can be opened; raises what ended the process before that."""
+        while not (self.out / "packset.json").is_file():
+            with suppress(Outgrown):  # its pack set is there meanwhile, and the feed will come to it
+                self.check()
+            time.sleep(0.02)
+
+    def start_over(self, step: int) -> None:
+        """Make windows from `step` on, knowing what ended the process that made them before."""
+        self.stop()
+        self._order = replace(self._order, start_step=step)
+        clear_windows(self.out)
+        self._process = _start(self._order)
+        self.wait_until_ready()
 
     def stop(self) -> None:
         """End the process, and delete its scratch; a second call does nothing."""
@@ -110,6 +132,14 @@ class Producer:
             self._process.join()
         for name in ("traces", "scratch", "probe"):
             shutil.rmtree(self.out / name, ignore_errors=True)
+
+
+def _start(order: Order) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_work, args=(order, os.getpid()), name="penstock-producer", daemon=True
+    )
+    process.start()
+    return process
 
 
 def start_producer(
@@ -142,15 +172,9 @@ def start_producer(
         deal=deal,
         threads=threads,
     )
-    process = multiprocessing.get_context("spawn").Process(
-        target=_work, args=(order, os.getpid()), name="penstock-producer", daemon=True
-    )
-    process.start()
-    producer = Producer(process, out)
+    producer = Producer(order)
     try:
-        while not (out / "packset.json").is_file():
-            producer.check()
-            time.sleep(0.02)
+        producer.wait_until_ready()
     except BaseException:
         producer.stop()
         raise

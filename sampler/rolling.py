@@ -10,13 +10,16 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.sampler.accesses import Accesses
 from penstock.sampler.journal import journal_bytes
+from penstock.sampler.known import NAME, Known, read_known, write_known
 from penstock.sampler.layouts import rolling_fixed_bytes, rolling_item_bytes
 from penstock.sampler.lookahead import RollingPlanner
 from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
@@ -30,9 +33,9 @@ from penstock.sampler.sizing import ROLLING_MARGIN, ROLLING_SHARE, ItemSizes, ch
 from penstock.storage.budget import MIB, Budgets, format_bytes
 from penstock.storage.deal import Deal
 from penstock.storage.directio import PAGE
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore, Split, open_graph
-from penstock.storage.pack import PackSetMeta
+from penstock.storage.pack import PackSetMeta, feed_memory
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import TraceMeta, WindowIndex, window_name
 
@@ -53,12 +56,18 @@ class Rolling:
     memory: int
     threads: int
     disk_bytes: int
+    known: Known
+    max_extent_bytes: int
 
 
 def clear_windows(out: Path) -> None:
-    """Delete what an earlier producer left in the folder; it was planned on tiers that are gone."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    """Delete what an earlier producer left in the folder, planned on tiers that are gone; what it knew is kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != NAME:
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +96,10 @@ def probe_items(
     memory: int,
     threads: int,
     share: float = ROLLING_SHARE,
+    known: Known | None = None,
 ) -> Probe:
-    """Sample some items where training starts into `folder`, which is deleted, and size the tiers by them.
+    """Sample some items where training starts into `folder`, which is deleted, and size the tiers by them and by what
+    is known of others.
 
     Only `share` of the host budget is for feeding. DoesNotFit where not even no tier fits.
     """
@@ -104,6 +115,8 @@ def probe_items(
             payload_bytes=accesses.payload_bytes,
             row_format=row_format,
             margin=ROLLING_MARGIN,
+            known_inputs=0 if known is None else known.num_inputs,
+            known_payload_bytes=0 if known is None else known.payload_bytes,
         )
         census = take_census(accesses.ids, count, graph.num_nodes, never=2 * count)
         num_device = device_slots(budgets.device_bytes, row_format, census)
@@ -172,9 +185,22 @@ def _window_items(disk_bytes: int, probe: Probe, items_per_epoch: int) -> int:
     if window_items < 1:
         raise DoesNotFit(
             f"--disk {format_bytes(disk_bytes)} cannot hold three rolling windows of one item each; use --disk "
-            f"{fixed + int(item_bytes) + 1} or more, a smaller batch size or smaller fanouts"
+            f"{fixed + int(item_bytes) + 1} or more, a smaller batch size or smaller fanouts",
+            disk_bytes=fixed + int(item_bytes) + 1,
         )
     return min(window_items, items_per_epoch)
+
+
+def _ring_bytes(meta: PackSetMeta, host_bytes: int) -> int:
+    """The largest extent that a feed of these packs has room for."""
+    besides = feed_memory(
+        host_slots=meta.host_slots,
+        row_bytes=meta.row_format.row_bytes,
+        max_extent_bytes=0,
+        max_inputs=meta.max_inputs,
+        width=meta.width,
+    )
+    return (host_bytes - besides) // 2
 
 
 def _producer_memory(budgets: Budgets) -> int:
@@ -200,7 +226,8 @@ def produce_windows(
     """Make the windows that hold steps start_step <= s < stop_step, in order, as fast as the disk budget allows.
 
     Step s is item s of an endless trace, of a replica's own items with a `deal`. The folder `out` is cleared first.
-    `wait` is called while there is no room, and may raise to end. Raises DoesNotFit where a window cannot fit at all,
+    `wait` is called while there is no room, and may raise to end. Raises Outgrown where items are larger than those
+    that windows were sized by, which the next call in this folder knows; DoesNotFit where a window cannot fit at all,
     DataError for bad data.
     """
     graph = open_graph(graph_path)
@@ -209,7 +236,7 @@ def produce_windows(
         graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle, deal=deal
     )
     endless = endless_trace(once, stop_step)
-    memory = _producer_memory(budgets)
+    memory, known = _producer_memory(budgets), read_known(out, once)
     probe = probe_items(
         graph,
         out / "probe",
@@ -220,8 +247,10 @@ def produce_windows(
         start_step,
         memory=memory,
         threads=threads,
+        known=known,
     )
     window_items = _window_items(budgets.disk_bytes, probe, endless.items_per_epoch)
+    window_items = known.most_items(budgets.disk_bytes, window_items)
     trace, meta = rolling_meta(graph, endless, plan_config, probe, window_items)
     rolling = Rolling(
         graph=graph,
@@ -232,6 +261,8 @@ def produce_windows(
         memory=memory,
         threads=threads,
         disk_bytes=budgets.disk_bytes,
+        known=known,
+        max_extent_bytes=_ring_bytes(meta, int(budgets.host_bytes * ROLLING_SHARE)),
     )
     begin_packset(out, meta)
     first, last = start_step // meta.window_items, (max(stop_step, start_step + 1) - 1) // meta.window_items
@@ -262,17 +293,19 @@ def _sample(rolling: Rolling, out: Path, window: int) -> WindowIndex:
         host_memory=rolling.memory,
         threads=rolling.threads,
     )
-    check_inputs(index, rolling.meta)
+    if max(index.num_inputs) > rolling.meta.max_inputs:
+        _outgrown(rolling, out, index)
     return index
 
 
-def check_inputs(index: WindowIndex, meta: PackSetMeta) -> None:
-    """DoesNotFit where an item of a window is larger than the feed's batches."""
-    if max(index.num_inputs) > meta.max_inputs:
-        raise DoesNotFit(
-            f"an item of window {index.window} reads {max(index.num_inputs)} rows, {meta.max_inputs} were expected; "
-            "resume the run: it sizes its batches anew, where training is now"
-        )
+def _outgrown(rolling: Rolling, out: Path, index: WindowIndex) -> NoReturn:
+    """Write down how large the items of a window are, so that the next start is for them."""
+    write_known(out, rolling.known.largest(max(index.num_inputs), max(index.bytes)))
+    raise Outgrown(
+        f"an item of window {index.window} reads up to {max(index.num_inputs)} rows, its payload takes up to "
+        f"{max(index.bytes)} bytes; {rolling.meta.max_inputs} rows in extents of {rolling.max_extent_bytes} bytes were "
+        "expected; windows are sized anew"
+    )
 
 
 def _pack(
@@ -289,12 +322,25 @@ def _pack(
     row_bytes = rolling.meta.row_format.row_bytes
     recording = planner.plan(current, following, row_bytes=row_bytes, scratch=scratch)
     plan = window_plan(rolling.graph, rolling.meta, current.window, recording)
+    if max(head.extent_bytes for head in recording.heads) > rolling.max_extent_bytes:
+        _outgrown(rolling, out, current)
     _wait_for_room(rolling, out, sum(head.extent_bytes for head in recording.heads), wait)
     with Accesses(out / "traces", [current]) as accesses:
-        pack_windows(plan, accesses, [0], out, host_memory=rolling.memory)
+        try:
+            pack_windows(plan, accesses, [0], out, host_memory=rolling.memory)
+        except DoesNotFit as error:
+            raise _of_all(error) from error
     recording.arrays.delete()
     for suffix in ("json", "trace"):
         (out / "traces" / window_name(current.window, suffix)).unlink()
+
+
+def _of_all(error: DoesNotFit) -> DoesNotFit:
+    """What the whole run needs so that the producer's share of it suffices."""
+    if error.host_bytes is None:
+        return error
+    needed = ceil(error.host_bytes / (1 - ROLLING_SHARE))
+    return DoesNotFit(f"{error}: of the producer; use --host-memory {needed} or more", host_bytes=needed)
 
 
 def window_plan(graph: GraphStore, meta: PackSetMeta, window: int, recording: Recording) -> Plan:
@@ -329,8 +375,19 @@ def _wait_for_room(rolling: Rolling, out: Path, pack_bytes: int, wait: Callable[
     needed = pack_bytes + 8 * slots + journal_bytes(items) + 4 * PAGE  # residents, indexes
     while (used := used_bytes(out)) + needed > rolling.disk_bytes:
         if not any(out.glob("window-*.pack")):  # nothing that the trainer could free
-            raise DoesNotFit(
-                f"a window of {format_bytes(pack_bytes)} does not fit --disk {format_bytes(rolling.disk_bytes)} beside "
-                f"{format_bytes(used)} of traces; use --disk {used + needed} or more"
-            )
+            _too_large(rolling, out, pack_bytes, used, needed)
         wait()
+
+
+def _too_large(rolling: Rolling, out: Path, pack_bytes: int, used: int, needed: int) -> NoReturn:
+    """Try half as many items per window; DoesNotFit where there is one already."""
+    items, disk_bytes = rolling.meta.window_items, rolling.disk_bytes
+    message = (
+        f"a window of {items} items takes {format_bytes(pack_bytes)}, which does not fit --disk "
+        f"{format_bytes(disk_bytes)} beside {format_bytes(used)} of traces"
+    )
+    if items == 1:
+        enough = used + needed
+        raise DoesNotFit(f"{message}; use --disk {enough} or more", disk_bytes=enough)
+    write_known(out, replace(rolling.known, window_items=items // 2, disk_bytes=disk_bytes))
+    raise Outgrown(f"{message}; windows are made of fewer items")

@@ -35,11 +35,27 @@ class ItemSizes:
     payload_bytes: NDArray[np.int64]
     row_format: RowFormat
     margin: float = 1.0  # over the largest item seen, where larger ones may come
+    known_inputs: int = 0  # of the largest item that is known to come and not among these, and its payload
+    known_payload_bytes: int = 0
 
     @property
     def max_inputs(self) -> int:
         """Inputs of the largest item."""
-        return int(self.num_inputs.max(initial=0))
+        return max(self.known_inputs, int(self.num_inputs.max(initial=0)))
+
+    @property
+    def _known_extent_bytes(self) -> int:
+        """The extent of the largest item that is known to come, which may miss and admit all its rows."""
+        return layout_extent(
+            item=0,
+            payload_bytes=self.known_payload_bytes,
+            num_inputs=self.known_inputs,
+            num_admits=self.known_inputs,
+            num_runs=0,
+            num_shared=0,
+            num_rows=self.known_inputs,
+            row_bytes=self.row_format.row_bytes,
+        ).extent_bytes
 
     def extent_bytes(self, misses: NDArray[np.int64], admits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size of every item's extent, int64 [T], shared rows not counted."""
@@ -62,10 +78,13 @@ class ItemSizes:
     @property
     def largest_extent_bytes(self) -> int:
         """Size of the largest extent if nothing is in a tier."""
-        return int(self.extent_bytes(self.num_inputs, np.zeros_like(self.num_inputs)).max(initial=0))
+        largest = int(self.extent_bytes(self.num_inputs, np.zeros_like(self.num_inputs)).max(initial=0))
+        return max(largest, self._known_extent_bytes) if self.known_inputs else largest
 
     def memory(self, host_slots: int, max_extent_bytes: int) -> int:
         """Host memory that feeding these items takes."""
+        if self.known_inputs:
+            max_extent_bytes = max(max_extent_bytes, self._known_extent_bytes)
         return feed_memory(
             host_slots=host_slots,
             row_bytes=self.row_format.row_bytes,
@@ -216,7 +235,7 @@ def choose_slots(
 
     def replay(slots: int) -> LapCounts:
         if rolling:
-            return LapCounts(misses=sizes.num_inputs, admits=np.zeros_like(sizes.num_inputs), settled=True)
+            return LapCounts(misses=sizes.num_inputs, admits=np.minimum(sizes.num_inputs, slots), settled=True)
         name: PolicyName = policy if slots > 0 else "none"
         used = future if name == "belady" else None
         return settle_with(accesses.ids, sizes, census, used, policy=name, num_device=num_device, num_host=slots)[1]

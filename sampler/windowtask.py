@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from penstock.sampler.accesses import Accesses
 from penstock.sampler.journal import journal_bytes
+from penstock.sampler.known import Known
 from penstock.sampler.movement import Tiers, find_next_uses
 from penstock.sampler.neighbors import SampleConfig, make_trace_meta, sample_window
 from penstock.sampler.packer import pack_windows
@@ -24,7 +25,6 @@ from penstock.sampler.policies import PolicyName
 from penstock.sampler.recording import Recording, record
 from penstock.sampler.rolling import (
     Probe,
-    check_inputs,
     endless_trace,
     probe_items,
     rolling_meta,
@@ -35,7 +35,7 @@ from penstock.sampler.scratch import ItemArrays
 from penstock.storage.budget import Budgets, format_bytes
 from penstock.storage.deal import Deal
 from penstock.storage.directio import PAGE
-from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.errors import DataError, DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore, Split
 from penstock.storage.pack import PackIndex, PackSetMeta, read_pack_index, trace_digest
 from penstock.storage.trace import TraceMeta, WindowIndex
@@ -114,15 +114,26 @@ def make_job(
     deal: Deal | None = None,
     memory: int,
     threads: int = 1,
+    known_inputs: int = 0,
 ) -> WindowJob:
-    """Size tiers and windows by some items at `start_step`; `folder` is scratch.
+    """Size tiers and windows by some items at `start_step`, and for items of `known_inputs`; `folder` is scratch.
 
     `budgets` are the trainer's, its disk for windows that were pulled. DoesNotFit names the budget that is too small.
     """
     once = make_trace_meta(graph, sample.model_copy(update={"window_items": 1}), split, shuffle=shuffle, deal=deal)
     endless = endless_trace(once, stop_step)
     probe = probe_items(
-        graph, folder, sample, plan, budgets, endless, start_step, memory=memory, threads=threads, share=1.0
+        graph,
+        folder,
+        sample,
+        plan,
+        budgets,
+        endless,
+        start_step,
+        memory=memory,
+        threads=threads,
+        share=1.0,
+        known=Known(trace=trace_digest(once), num_inputs=min(known_inputs, graph.num_nodes)),
     )
     slots = probe.num_device + probe.num_host
     most = min(MAX_WINDOW_ITEMS, once.items_per_epoch)
@@ -197,14 +208,19 @@ def build_window(
     """Build one window into `folder`, which must be its own: pack, residents and index, and nothing else is left.
 
     `reserve` is told, before the pack is written, how many bytes the folder will take at most, and may raise to end.
-    DoesNotFit where an item is larger than the job's batches, or memory or disk too small; DataError for bad data.
+    Outgrown where an item is larger than the job's batches, DoesNotFit where memory or disk is too small, DataError for
+    bad data.
     """
     trace = job_trace(graph, job)
     folder.mkdir(parents=True, exist_ok=True)
     traces, scratch = folder / "traces", folder / "scratch"
     scratch.mkdir(exist_ok=True)
     index = sample_window(graph, traces, job.sample, trace, window, host_memory=memory, threads=threads)
-    check_inputs(index, job.meta)
+    if max(index.num_inputs) > job.meta.max_inputs:
+        raise Outgrown(
+            f"an item of window {window} reads {max(index.num_inputs)} rows, {job.meta.max_inputs} were expected; "
+            "resume the run: it makes room for twice as many"
+        )
     recording = _plan_alone(graph, job, index, traces, scratch)
     pack_bytes = sum(head.extent_bytes for head in recording.heads)
     more = journal_bytes(len(recording.heads)) + 8 * PAGE + 8 * len(job.residents)

@@ -29,6 +29,10 @@ class DoesNotFit(ValueError):
         self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
 
 
+class Outgrown(DoesNotFit):
+    """Items to come are larger than what rolling windows were sized for; who starts them anew sizes them so."""
+
+
 class MissingDependency(ImportError):
     """An optional library is not installed. The message names the command that brings it."""
 

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, claim_split, deal_of, sample_config, sample_split, train_budgets
+from penstock.prepare import Prepared, claim_split, deal_of, does_not_fit, sample_config, sample_split, train_budgets
 from penstock.run import Run
 from penstock.sampler.producer import start_producer
 from penstock.sampler.sizing import ROLLING_SHARE
+from penstock.storage.errors import DoesNotFit, Outgrown
 
+P = ParamSpec("P")
+T = TypeVar("T")
 OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
 
 
@@ -73,6 +77,20 @@ def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
     return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
 
 
+def _with_budgets_of(run: Run, function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function's DoesNotFit say what the whole run needs, and not what its producer does."""
+
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*args, **options)
+        except Outgrown:
+            raise
+        except DoesNotFit as error:
+            raise does_not_fit(run, {"train": error}) from error
+
+    return call
+
+
 def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
     """A producer is started for the steps that are asked for and stopped behind them; its windows are never kept."""
 
@@ -80,7 +98,7 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
     def open_steps(start_step: int, stop_step: int) -> Iterator[Feed]:
         budgets = train_budgets(run)
         with (
-            start_producer(
+            _with_budgets_of(run, start_producer)(
                 run.graph.path,
                 prepared.packs,
                 sample_config(run.config, "train"),
@@ -99,7 +117,8 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
                 host_memory=int(budgets.host_bytes * ROLLING_SHARE),
                 device=run.config.train.device,
                 threads=run.threads,
-                producer_check=producer.check,
+                producer_check=_with_budgets_of(run, producer.check),
+                start_over=_with_budgets_of(run, producer.start_over),
                 delete_behind=True,
             ) as feed,
         ):

@@ -179,7 +179,7 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
     return trace, plan
 
 
-def _does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
+def does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
     """Say what the whole run needs; each split was planned within its share."""
     train = errors.get("train")
     if train is not None and train.disk_bytes is not None and len(errors) == 1:
@@ -227,7 +227,7 @@ def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, P
         except DoesNotFit as error:
             errors[split] = error
     if errors:
-        raise _does_not_fit(run, errors)
+        raise does_not_fit(run, errors)
     for _, plan in plans.values():
         require_packing_memory(plan, run.budgets.host_bytes)
     return plans

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from penstock.engine.feed import open_pack_feed
 from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.sampler.plan import PlanConfig
 from penstock.sampler.producer import Producer, start_producer
 from penstock.sampler.rolling import produce_windows, used_bytes
+from penstock.sampler.seeds import epoch_order
 from penstock.storage.budget import Budgets
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import decode_extent, has_window, open_packset, read_pack_index
 from penstock.storage.trace import encode_item, payload_bytes, window_name
@@ -224,3 +227,65 @@ def _runs(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+@pytest.fixture(scope="module")
+def late_hub(tmp_path_factory: pytest.TempPathFactory, make_graph: Any) -> GraphStore:
+    """2,000 nodes of in-degree 3, but for one of 900 that is a seed of the 90th item of 4 seeds."""
+    num_nodes, rng = 2000, np.random.default_rng(0)
+    order = epoch_order(np.arange(num_nodes, dtype=np.int32), 0, 0)
+    edges = np.stack([rng.integers(0, num_nodes, 3 * num_nodes), np.repeat(np.arange(num_nodes), 3)], axis=1)
+    hub = np.stack([np.arange(900), np.full(900, order[4 * 90])], axis=1)
+    features = rng.normal(size=(num_nodes, 16)).astype(np.float32)
+    graph: GraphStore = make_graph(num_nodes, np.concatenate([edges, hub]), features=features)
+    return graph
+
+
+HUB_SAMPLE = SampleConfig(fanouts=(-1,), batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("disk", [1 << 30, 400_000])
+def test_items_that_outgrow_their_windows_are_fed_from_larger_ones(
+    late_hub: GraphStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, disk: int
+) -> None:
+    """The hub is beyond the items that windows are sized by; on the smaller disk its window has to be shorter, too."""
+    limits = Budgets(device_bytes=0, host_bytes=600_000, disk_bytes=disk)
+    trace = sample_trace(late_hub, tmp_path / "trace", HUB_SAMPLE, host_memory=64 << 20, threads=1)
+    packs, table, seen = tmp_path / "packs", np.array(late_hub.features), 0
+    with (
+        start_producer(late_hub.path, packs, HUB_SAMPLE, PlanConfig(), limits, start_step=0, stop_step=130) as producer,
+        open_pack_feed(
+            packs,
+            late_hub,
+            start_step=0,
+            stop_step=130,
+            host_memory=450_000,
+            threads=1,
+            producer_check=producer.check,
+            start_over=producer.start_over,
+            delete_behind=True,
+        ) as feed,
+    ):
+        for batch, item in zip(feed, trace.items(), strict=False):
+            assert batch.step == item.index
+            assert np.array_equal(batch.input_ids.numpy(), item.input_ids)
+            assert np.array_equal(batch.features.numpy(), table[item.input_ids])
+            seen += 1
+    assert seen == 130 and "rolling windows start anew" in caplog.text
+
+
+def test_what_was_met_is_known_to_whoever_starts_again(late_hub: GraphStore, tmp_path: Path) -> None:
+    """As after a kill: nothing is left of the first call but the folder."""
+    out, limits = tmp_path / "packs", Budgets(device_bytes=0, host_bytes=600_000, disk_bytes=1 << 30)
+
+    def produce(**limit: int) -> None:
+        budgets = replace(limits, **limit)
+        produce_windows(late_hub.path, out, HUB_SAMPLE, PlanConfig(), budgets, start_step=0, stop_step=130)
+
+    with pytest.raises(Outgrown, match="reads up to 9.. rows"):
+        produce()
+    produce()
+    with pytest.raises(DoesNotFit, match="--host-memory") as caught:  # an item that is known to come does not fit
+        produce(host_bytes=80_000)
+    assert caught.value.host_bytes is not None
+    produce(host_bytes=caught.value.host_bytes)

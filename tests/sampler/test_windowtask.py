@@ -13,7 +13,7 @@ from penstock.sampler.plan import PlanConfig
 from penstock.sampler.windowtask import WindowJob, build_window, check_kept, make_job
 from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
-from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.errors import DataError, DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import decode_extent
 from penstock.storage.trace import encode_item, payload_bytes, window_name
@@ -107,7 +107,7 @@ def test_the_folder_never_takes_more_than_was_reserved(tiny_graph: GraphStore, t
 def test_an_item_larger_than_the_batches_asks_for_a_new_set_up(tiny_graph: GraphStore, tmp_path: Path) -> None:
     job = job_of(tiny_graph, tmp_path)
     small = replace(job, meta=replace(job.meta, max_inputs=20))
-    with pytest.raises(DoesNotFit, match="20 were expected; resume the run"):
+    with pytest.raises(Outgrown, match="20 were expected; resume the run"):
         build_window(tiny_graph, small, 0, tmp_path / "w", memory=64 << 20)
 
 
