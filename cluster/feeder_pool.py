@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from penstock.cluster.feeder import open_feeder
 from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_folder import sweep
-from penstock.engine.chunked.backend import RankFailed
+from penstock.engine.chunked.backend import NoRoomYet, RankFailed
 from penstock.engine.supervision.events import FeederFailed, ReplaceFeeder
 from penstock.engine.supervision.policy import State, step
 from penstock.storage.lifeline import end_with
@@ -121,7 +121,8 @@ class FeederPool:
             )
 
     def wait_ready(self, timeout_s: float, count: int = 1) -> list[Address]:
-        """Wait until `count` feeders can be asked; RuntimeError, naming the causes, where they are not in time."""
+        """Wait until `count` feeders can be asked; RuntimeError, naming the causes, where they are not in time, and
+        NoRoomYet where none was lost."""
         ends = time.monotonic() + timeout_s
         while True:
             self.poll()
@@ -129,7 +130,8 @@ class FeederPool:
                 return self.addresses
             if time.monotonic() > ends or not self._handles:
                 causes = "; ".join(f"{loss.where}: {loss.cause}" for loss in self.losses) or "none of them died"
-                raise RuntimeError(
+                kind = RuntimeError if self.losses else NoRoomYet
+                raise kind(
                     f"{len(self.addresses)} of {self._count} feeders are ready after {timeout_s:.0f} s, wanted {count} "
                     f"({causes}); see that their nodes have free cores, or set fewer feeders"
                 )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from penstock.kernels.rng import fold, mix
+from penstock.storage.errors import TryAgain
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class TrainResult:
     seeds_per_s: float
 
 
-class Stopped(RuntimeError):
+class Stopped(TryAgain, RuntimeError):
     """Training was asked to stop and has written a checkpoint; the same command continues it."""
 
 

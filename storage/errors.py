@@ -33,6 +33,14 @@ class Outgrown(DoesNotFit):
     """Items to come are larger than what rolling windows were sized for; who starts them anew sizes them so."""
 
 
+class TryAgain(Exception):
+    """Mixed into errors that the same command may not meet another time; the command line ends with exit code 75."""
+
+
+class InUse(TryAgain, ValueError):
+    """Another process holds what is asked for. The message names it."""
+
+
 class MissingDependency(ImportError):
     """An optional library is not installed. The message names the command that brings it."""
 

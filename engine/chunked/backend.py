@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from penstock.engine.chunked.layout import Layout
+from penstock.storage.errors import TryAgain
 
 POLL_S = 0.05
 Poll = Callable[[], None]
@@ -52,6 +53,14 @@ class RankFailed(RuntimeError):
 
     Training goes on from the last checkpoint.
     """
+
+
+class NodeLost(TryAgain, RankFailed):
+    """A rank went with its node. A new group may find another node, and so may a new run."""
+
+
+class NoRoomYet(TryAgain, RankFailed):
+    """The cluster has no room for all ranks, not yet or not any more: nodes may come."""
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from math import inf
 from typing import TypeVar
 
-from penstock.engine.chunked.backend import RankFailed
+from penstock.engine.chunked.backend import NoRoomYet, RankFailed
 from penstock.engine.supervision.events import (
     Answered,
     Called,
@@ -38,7 +38,8 @@ def run_with_restarts(
 ) -> T:
     """Call `attempt(0)`, and after a RankFailed `attempt(1)` and so on, `retries` times at most.
 
-    An attempt opens its own ranks, and has ended them all when it raises. `on_restart(number, error)` is called before
+    An attempt opens its own ranks, and has ended them all when it raises. That there is no room is tried again only
+    after something was lost. `on_restart(number, error)` is called before
     the pause ahead of an attempt. Any other error is raised as it is, at once, and so is the last RankFailed. Raises
     Stopped where `stop_requested` is set when an attempt has failed, or while the next one is waited for.
     """
@@ -51,6 +52,8 @@ def run_with_restarts(
             step(state, [Answered(at_s=time.monotonic(), rank=0)])
             return result
         except Exception as error:
+            if number == 0 and isinstance(error, NoRoomYet):
+                raise  # nothing was lost that could come back: it has been waited for
             now_s = time.monotonic()
             state, _ = step(state, [Failed(at_s=now_s, rank=0, kind=kind_of(error))])
             stopped = [StopRequested(at_s=now_s)] if stop.is_set() else []

@@ -8,7 +8,7 @@
 | 3 | data: invalid, damaged, missing |
 | 4 | does not fit: memory, device or disk |
 | 5 | an optional dependency is missing |
-| 75 | try again: stopped with a checkpoint (EX_TEMPFAIL), or remote storage does not answer |
+| 75 | try again (EX_TEMPFAIL): whatever raised a `TryAgain`, from a stop with a checkpoint to a lost node |
 | 130 | interrupted |
 """
 
@@ -16,7 +16,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from penstock.storage.errors import DataError, DoesNotFit, is_ours
+from penstock.storage.errors import DataError, DoesNotFit, TryAgain, is_ours
 from penstock.storage.redaction import redact_text
 
 _TERMINATION_LOG = "/dev/termination-log"
@@ -29,10 +29,13 @@ def exit_code(error: BaseException) -> int:
     """The exit code that an error ends the process with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    # of the trainer and of remote storage; importing them would load torch and fsspec for every usage error
-    if type(error).__name__ in ("Stopped", "RemoteError"):
-        return RETRY
-    for kind, code in ((DataError, DATA), (DoesNotFit, DOES_NOT_FIT), (ImportError, MISSING), (ValueError, USAGE)):
+    for kind, code in (
+        (TryAgain, RETRY),
+        (DataError, DATA),
+        (DoesNotFit, DOES_NOT_FIT),
+        (ImportError, MISSING),
+        (ValueError, USAGE),
+    ):
         if isinstance(error, kind) and (kind is not ValueError or is_ours(error)):
             return code
     return INTERNAL

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from penstock.storage.errors import DataError
+from penstock.storage.errors import DataError, InUse
 from penstock.storage.graph import FEATURE_SUMS, seal_graph
 from penstock.storage.manifest import MANIFEST
 from penstock.storage.progress import Progress, silent
@@ -15,6 +15,8 @@ from penstock.storage.remote.files import RemoteError, open_remote
 from penstock.storage.remote.hostlock import flocked
 from penstock.storage.remote.pull import fetch
 from penstock.storage.remote.stage import read_remote_manifest, stage
+
+_FETCH_S = 600.0  # for another process that copies the same run
 
 
 def local_dataset(location: Path | str, stage_dir: Path | None = None, *, progress: Progress = silent) -> Path:
@@ -34,8 +36,14 @@ def local_run(location: Path | str, stage_dir: Path | None = None) -> tuple[Path
     uri = str(location)
     folder = local_copy(uri, "read-runs", stage_dir)  # not "runs": a training of this host may be at work there
     folder.mkdir(parents=True, exist_ok=True)
-    with flocked(folder / ".fetch.lock", wait_s=600.0):
-        checkpoints = fetch(uri, folder)
+    try:
+        with flocked(folder / ".fetch.lock", wait_s=_FETCH_S):
+            checkpoints = fetch(uri, folder)
+    except BlockingIOError as error:
+        raise InUse(
+            f"{folder} is being copied from {uri} by {error}, for more than {_FETCH_S:.0f} s; wait for it, or choose "
+            "another --stage-dir"
+        ) from None
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{uri} has no config.yaml: there is no run; give the URI of a run folder")
     return folder, checkpoints

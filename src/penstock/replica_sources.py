@@ -21,6 +21,7 @@ from penstock.prepare import deal_items, own_splits, pack_splits, plan_splits, r
 from penstock.run import Run
 from penstock.sampler.neighbors import count_items
 from penstock.storage.budget import Budgets, available_memory, default_budgets, free_disk
+from penstock.storage.errors import InUse
 from penstock.storage.graph import GraphMeta, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import PackMode
@@ -99,7 +100,7 @@ def own_folder(config: RunConfig, rank: int, replicas: int, fingerprint: str) ->
         try:
             stack.enter_context(flocked(folder / ".lock", wait_s=config.cluster.timeout_s))
         except BlockingIOError as error:
-            raise ValueError(
+            raise InUse(
                 f"{folder} is in use by {error}, which did not end within {config.cluster.timeout_s:g} s "
                 "(cluster.timeout_s); end it, or give another --stage-dir"
             ) from None

@@ -39,6 +39,7 @@ from penstock.remote_run import bring_back, held_run, mirrored_run, staged_datas
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
 from penstock.storage.budget import Budgets, default_budgets, num_threads
+from penstock.storage.errors import InUse
 from penstock.storage.graph import GraphMeta, GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
@@ -156,12 +157,12 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; ValueError names the process that has it, its host, and since when."""
+    """Hold the folder for this process; InUse names the process that has it, its host, and since when."""
     with ExitStack() as stack:
         try:
             left = stack.enter_context(flocked(folder / ".lock"))
         except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by {error}; wait for it, or choose another --run-dir") from None
+            raise InUse(f"{folder} is in use by {error}; wait for it, or choose another --run-dir") from None
         if left and socket.gethostname() not in left:
             # flock is kept among the processes of a host; some shared file systems keep it no further
             logger.warning(
@@ -198,10 +199,10 @@ def open_run(
 ) -> Iterator[Run]:
     """Open or make the run folder; where dataset or run are at URIs, work on local copies and mirror the run's.
 
-    ValueError where another process has it, where what was asked for cannot work (before anything is written), or where
-    weights are there that were made of another graph or configuration (saying what differs); without `resume` weights
-    are deleted, with `if_changed` those of something else, with `force` all that is there. FormatError where the
-    dataset is none.
+    InUse where another process has it; ValueError where what was asked for cannot work (before anything is written), or
+    where weights are there that were made of another graph or configuration (saying what differs); without `resume`
+    weights are deleted, with `if_changed` those of something else, with `force` all that is there. FormatError where
+    the dataset is none.
     """
     stop = stop_requested or threading.Event()
     with staged_dataset(config, progress, stop):

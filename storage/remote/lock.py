@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from penstock.storage.errors import DataError
+from penstock.storage.errors import DataError, InUse
 from penstock.storage.remote.files import RemoteFolder, open_remote
 from penstock.storage.remote.hostlock import describe_age
 
@@ -32,7 +32,7 @@ _STALE = 4  # in refresh_s
 _LONGEST_REFRESH_S = 300.0
 
 
-class LockLost(ValueError):
+class LockLost(InUse):
     """Another process has taken the lock over while this one did not refresh it."""
 
 
@@ -161,7 +161,7 @@ class Lock:
 
 
 def _wait_until_dead(remote: RemoteFolder, data: bytes, waiting: Callable[[], None]) -> bytes | None:
-    """Watch a lock file; returns its bytes once it is stale, None to try again. ValueError where it lives."""
+    """Watch a lock file; returns its bytes once it is stale, None to try again. InUse where it lives."""
     value = _parse(data)
     refresh_s = _number(value.get("refresh_s"), 0.02, _LONGEST_REFRESH_S, REFRESH_S)
     age = _number(time.time() - _number(value.get("refreshed"), 0, 1e12, time.time()), 0, 2 * refresh_s, 0)
@@ -175,14 +175,12 @@ def _wait_until_dead(remote: RemoteFolder, data: bytes, waiting: Callable[[], No
         if now is None or (now != data and not value):  # one that was half written is to be looked at again
             return None
         if now != data:
-            raise ValueError(
-                f"{remote.uri} is in use by {_describe(_parse(now))}; wait for it, or choose another --run-dir"
-            )
+            raise InUse(f"{remote.uri} is in use by {_describe(_parse(now))}; wait for it, or choose another --run-dir")
     return data
 
 
 def _take(lock: Lock, refresh_s: float, waiting: Callable[[], None]) -> None:
-    """Get the lock, or ValueError with its owner and age."""
+    """Get the lock, or InUse with its owner and age."""
     remote = lock.remote
     for _ in range(8):  # each round, another process was faster
         settle = not remote.creates_atomically
@@ -198,7 +196,7 @@ def _take(lock: Lock, refresh_s: float, waiting: Callable[[], None]) -> None:
             time.sleep(min(2.0, refresh_s / 2))  # long enough for others that do the same to have written
         if _parse(remote.read_if_there(LOCK) or b"").get("token") == lock.token:
             return
-    raise ValueError(f"{remote.uri}: other processes take its lock all the time; wait, or choose another --run-dir")
+    raise InUse(f"{remote.uri}: other processes take its lock all the time; wait, or choose another --run-dir")
 
 
 @contextmanager
@@ -213,7 +211,7 @@ def hold(
 ) -> Iterator[Lock]:
     """Hold the lock of a remote folder; `on_lost` is called once if another process takes it over.
 
-    ValueError names the holder where there is a live one (found out within its `refresh_s`); one that is dead is
+    InUse names the holder where there is a live one (found out within its `refresh_s`); one that is dead is
     waited for, 4 x its `refresh_s` at most, and taken over with a warning. What `waiting` raises ends the wait.
     """
     lock = Lock(remote or open_remote(uri), owner, refresh_s, on_lost)

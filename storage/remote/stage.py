@@ -13,13 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from penstock.storage.errors import DataError, DoesNotFit, FormatError, full_disk_is_clear
+from penstock.storage.errors import DataError, DoesNotFit, FormatError, InUse, full_disk_is_clear
 from penstock.storage.graph import FORMAT, VERSIONS
 from penstock.storage.manifest import (
     MANIFEST,
@@ -297,7 +297,7 @@ def stage(
     """Copy the graph store at `uri` to `folder` and return it; what is there already is not copied again.
 
     Memory: 16 MiB per thread. DoesNotFit before anything is copied where the disk is too small; DataError where the
-    store is missing, damaged or replaced meanwhile; ValueError where another process is stuck in copying it, or still
+    store is missing, damaged or replaced meanwhile; InUse where another process is stuck in copying it, or still
     reads another version of it here.
     """
     remote = remote or open_remote(uri)
@@ -314,7 +314,7 @@ def stage(
             with _without_readers(folder, remote.uri):
                 _Copy(remote, folder, data, manifest, lock).run(progress, threads)
     except BlockingIOError as error:
-        raise ValueError(
+        raise InUse(
             f"{folder} is being copied from {remote.uri} by {error}, which has finished no piece for {IDLE_S:.0f} s; "
             "stop that process, or choose another --stage-dir"
         ) from error
@@ -327,7 +327,7 @@ def _without_readers(folder: Path, uri: str) -> Iterator[None]:
         with flocked(_beside(folder, "readers")):
             yield
     except BlockingIOError:
-        raise ValueError(
+        raise InUse(
             f"{uri} has changed, and another process on this host still reads the earlier version in {folder}; wait "
             "for it, or choose another --stage-dir"
         ) from None
@@ -337,5 +337,9 @@ def _without_readers(folder: Path, uri: str) -> Iterator[None]:
 def staged(uri: str, folder: Path, *, progress: Progress = silent, threads: int = 4) -> Iterator[Path]:
     """`stage`, and keep other processes from replacing the copy by another version while it is read."""
     stage(uri, folder, progress=progress, threads=threads)
-    with flocked(_beside(folder, "readers"), shared=True, wait_s=IDLE_S):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(flocked(_beside(folder, "readers"), shared=True, wait_s=IDLE_S))
+        except BlockingIOError as error:
+            raise InUse(f"{folder} is being replaced by {error}; wait for it, or choose another --stage-dir") from None
         yield folder

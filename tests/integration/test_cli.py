@@ -211,7 +211,7 @@ def test_a_run_folder_in_use_is_refused(graph: Path, tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         done = penstock(*words)
-        assert done.returncode == 2 and f"process {process.pid}" in done.stderr
+        assert done.returncode == 75 and f"process {process.pid}" in done.stderr
     finally:
         process.kill()
         process.wait()
