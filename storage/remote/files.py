@@ -2,24 +2,30 @@
 
 Every call runs in a thread of its own, because libraries below may wait without an end: after its deadline it is
 given up. Calls that fail are tried again after 0.2, 0.4, 0.8, ... s, except where trying again cannot help.
+
+A call that was given up may still land. So of all that write a file in this process, tries of one call run beside each
+other, which write the same, and nothing else: the next call waits until those that were given up have ended.
 """
 
+import inspect
 import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from penstock.storage.errors import DataError, DoesNotFit, MissingDependency, full_disk_is_clear
+from penstock.storage.errors import DataError, DoesNotFit, MissingDependency, TryAgain, full_disk_is_clear
 from penstock.storage.extras import install_command
 from penstock.storage.manifest import fsync_folder
 from penstock.storage.redaction import redact_text
+from penstock.storage.remote.conditional import Changed, ConditionalWrites
 from penstock.storage.remote.uris import check_uri
 
 logger = logging.getLogger(__name__)
@@ -34,18 +40,57 @@ _EXTRAS = {
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure"),
 }
-_EXCLUSIVE = ("s3", "s3a", "gs", "gcs")
+_EXCLUSIVE = ("s3", "s3a", "gs", "gcs")  # from the versions on that know `mode`; others look first, and write then
 _WRITING = ("write", "create", "upload")  # these find nothing where the bucket is missing
+_CHANGING = (*_WRITING, "delete")
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, DoesNotFit, ImportError)
 _Found = TypeVar("_Found")
 
 
-class RemoteError(OSError):
+class RemoteError(TryAgain, OSError):
     """A remote file system did not do what was asked, in as many tries as it was given."""
 
 
-def _in_time(call: Callable[[], _Found], timeout_s: float) -> _Found:
-    """Run `call` in a daemon thread; TimeoutError where it takes longer (the thread is left to itself then)."""
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A write that was given up and may still land, of a try of `call`."""
+
+    uri: str
+    call: object
+    thread: threading.Thread
+
+    def touches(self, uri: str) -> bool:
+        """Whether it may change what is at a URI, or below."""
+        return uri == self.uri or f"{uri}/".startswith(f"{self.uri}/") or f"{self.uri}/".startswith(f"{uri}/")
+
+
+class _LateWrites:
+    """Those of this process, whichever folder object made them; used by many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: list[_Late] = []
+
+    def add(self, late: _Late) -> None:
+        with self._lock:
+            self._found = [each for each in self._found if each.thread.is_alive()] + [late]
+
+    def wait(self, uri: str, call: object, timeout_s: float) -> None:
+        """Wait for what other calls write there; TimeoutError where that takes too long."""
+        with self._lock:
+            found = [each.thread for each in self._found if each.call is not call and each.touches(uri)]
+        ends = time.monotonic() + timeout_s
+        for thread in found:
+            thread.join(max(0.0, ends - time.monotonic()))
+            if thread.is_alive():
+                raise TimeoutError(f"an earlier write, which was given up, has not ended within {timeout_s:.0f} s")
+
+
+_late_writes = _LateWrites()
+
+
+def _in_time(call: Callable[[], _Found], timeout_s: float, give_up: Callable[[threading.Thread], object]) -> _Found:
+    """Run `call` in a daemon thread; TimeoutError where it takes longer: the thread goes on, and `give_up` gets it."""
     found: list[_Found] = []
     failed: list[BaseException] = []
 
@@ -61,6 +106,7 @@ def _in_time(call: Callable[[], _Found], timeout_s: float) -> _Found:
     if failed:
         raise failed[0]
     if not found:
+        give_up(thread)
         raise TimeoutError(f"no answer within {timeout_s:.0f} s")
     return found[0]
 
@@ -72,11 +118,15 @@ class RemoteFolder:
         self.uri, self._files, self._root = uri, files, root.rstrip("/")
         self._tries, self._timeout_s = tries, timeout_s
         self._is_local = isinstance(files, LocalFileSystem)
+        is_s3 = uri.partition("://")[0] in ("s3", "s3a") and _knows_exclusive(uri, files)
+        self._conditional = ConditionalWrites(files) if is_s3 else None
+        self._creates_exclusively = self._is_local or _knows_exclusive(self.uri, files)
 
     @property
     def creates_atomically(self) -> bool:
-        """Whether of several that `create` a file at once only one succeeds."""
-        return self._is_local or self.uri.partition("://")[0] in _EXCLUSIVE
+        """Whether of several that `create` a file at once only one succeeds, as far as is known: `create` finds out
+        where a server does not keep what its protocol promises."""
+        return self._creates_exclusively
 
     def uri_of(self, name: str) -> str:
         """The URI of a file."""
@@ -138,11 +188,23 @@ class RemoteFolder:
         """Write or replace a file: a reader finds the old or the new one, as far as the file system can do that."""
         if self._is_local:
             self._call("write", name, lambda path: _replace_local(Path(path), lambda file: file.write(data)), len(data))
-        else:
+        elif self._conditional is None:
             self._call("write", name, lambda path: self._files.pipe_file(path, data), len(data))
+        else:
+            writes = self._conditional
+            expected = self._call("look at", name, writes.expect)  # once: every try replaces the same
+            try:
+                self._call("write", name, lambda path: writes.write(path, data, expected), len(data))
+            except RemoteError as error:
+                if isinstance(error.__cause__, Changed):
+                    writes.forget(f"{self._root}/{name}")
+                raise
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file unless there is one; False where there is. Atomic where the file system can do that."""
+        """Write a file unless there is one; False where there is. Atomic where the file system can do that.
+
+        `data` has to be this caller's alone: a file that has it was created here, by a try whose answer was lost.
+        """
 
         def make(path: str) -> None:
             if self._is_local:
@@ -153,13 +215,25 @@ class RemoteFolder:
             try:
                 self._files.pipe_file(path, data, mode="create")
             except (NotImplementedError, TypeError):  # callers read it again to see who was last
+                self._creates_exclusively = False
                 self._files.pipe_file(path, data)
 
         try:
             self._call("create", name, make, len(data))
         except FileExistsError:
-            return False
+            return self.read_if_there(name) == data
+        if self._creates_exclusively and not self._is_local:
+            self._prove_exclusive(name, data)
         return True
+
+    def _prove_exclusive(self, name: str, data: bytes) -> None:
+        """Create a file of ours once more: a server that lets us knows no conditions, whatever its protocol says."""
+        try:
+            self._call("create", name, lambda path: self._files.pipe_file(path, data, mode="create"), len(data))
+        except FileExistsError:
+            return
+        self._creates_exclusively = False
+        logger.warning("%s lets two create one file; locks there are settled by waiting", self.uri)
 
     def upload(self, source: Path, name: str) -> None:
         """Copy a local file there and check its size; FileNotFoundError where the local file goes meanwhile."""
@@ -191,6 +265,8 @@ class RemoteFolder:
         """Delete a file or a folder with all that is in it, if it is there."""
 
         def remove(path: str) -> None:
+            if self._conditional is not None:
+                self._conditional.forget(path)
             self._files.invalidate_cache()
             self._files.rm(path, recursive=True)
 
@@ -201,10 +277,22 @@ class RemoteFolder:
 
     def _call(self, verb: str, name: str, call: Callable[[str], _Found], num_bytes: int = 0) -> _Found:
         path = f"{self._root}/{name}" if name else self._root
-        began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        began, pause_s, this = time.monotonic(), _FIRST_PAUSE_S, object()
+        timeout_s = self._timeout_s + max(0, num_bytes) / _SLOWEST
+
+        def give_up(thread: threading.Thread) -> None:
+            if verb in _CHANGING:
+                _late_writes.add(_Late(self.uri_of(name), this, thread))
+
         for attempt in range(1, self._tries + 1):
             try:
-                return _in_time(lambda: call(path), self._timeout_s + max(0, num_bytes) / _SLOWEST)
+                if verb in _CHANGING:
+                    _late_writes.wait(self.uri_of(name), this, timeout_s)
+                return _in_time(lambda: call(path), timeout_s, give_up)
+            except Changed as error:
+                raise RemoteError(
+                    f"{self.uri_of(name)} was written by somebody else meanwhile and is left so; see who else is there"
+                ) from error
             except FileNotFoundError as error:
                 if verb not in _WRITING:
                     raise
@@ -228,6 +316,12 @@ class RemoteFolder:
                 time.sleep(pause_s)
                 pause_s *= 2
         raise AssertionError("there is at least one try")
+
+
+def _knows_exclusive(uri: str, files: Any) -> bool:
+    """Whether the library that is installed creates files exclusively: s3fs before 2024.12 drops the wish unsaid."""
+    write = getattr(files, "_pipe_file", None)
+    return uri.partition("://")[0] in _EXCLUSIVE and write is not None and "mode" in inspect.signature(write).parameters
 
 
 def _is_still(path: Path, before: os.stat_result) -> bool:

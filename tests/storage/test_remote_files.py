@@ -1,15 +1,19 @@
+import errno
+import hashlib
 import http.server
 import importlib.util
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from penstock.storage.errors import MissingDependency
 from penstock.storage.remote.config import RemoteConfig, local_copy
-from penstock.storage.remote.files import RemoteError, open_remote
+from penstock.storage.remote.files import RemoteError, RemoteFolder, open_remote
 from penstock.storage.remote.uris import check_uri
 
 
@@ -142,3 +146,166 @@ def test_files_are_written_listed_read_and_deleted(protocol: str, tmp_path: Path
     remote.delete("a")
     remote.delete("a")
     assert remote.names() == ["lock"]
+
+
+class Slow(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store whose first write lands when `go` is set, long after it was given up."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.landed = threading.Event(), threading.Event()
+        self._first = threading.Lock()
+
+    def _late(self, write: Callable[[], object]) -> None:
+        if self._first.acquire(blocking=False):
+            self.go.wait(30)
+            write()
+            self.landed.set()
+        else:
+            write()
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        self._late(lambda: MemoryFileSystem.pipe_file(self, path, value, **options))
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        data = Path(lpath).read_bytes()
+        self._late(lambda: MemoryFileSystem.pipe_file(self, rpath, data))
+
+    def rm(self, path: str, **options: Any) -> None:
+        self._late(lambda: MemoryFileSystem.rm(self, path, **options) if self.exists(path) else None)
+
+
+def change(remote: RemoteFolder, verb: str, name: str, data: bytes, tmp_path: Path) -> None:
+    if verb == "write":
+        remote.write(name, data)
+    elif verb == "upload":
+        (tmp_path / data.decode()).write_bytes(data)
+        remote.upload(tmp_path / data.decode(), name)
+    else:
+        remote.delete(name)
+
+
+@pytest.mark.parametrize("second", ["write", "upload"])
+@pytest.mark.parametrize("first", ["write", "upload", "delete"])
+def test_a_write_that_was_given_up_cannot_land_on_a_newer_one(first: str, second: str, tmp_path: Path) -> None:
+    slow, root = Slow(), f"/{tmp_path.name}-{first}-{second}"
+    remote = RemoteFolder(f"memory:/{root}", slow, root, tries=5, timeout_s=0.2)
+    change(remote, first, "run/state.json", b"old", tmp_path)  # the second try did it
+    other = RemoteFolder(f"memory:/{root}/run", slow, f"{root}/run", tries=9, timeout_s=60.0)
+    newer = threading.Thread(target=change, args=(other, second, "state.json", b"new", tmp_path))
+    newer.start()
+    assert not slow.landed.wait(0.2) and newer.is_alive()  # it waits: the first try is still under way
+    slow.go.set()
+    newer.join(60)
+    assert slow.landed.is_set() and remote.read("run/state.json") == b"new"
+
+
+def test_a_write_behind_one_that_does_not_end_fails_and_says_so(tmp_path: Path) -> None:
+    slow, root = Slow(), f"/{tmp_path.name}-stuck"
+    remote = RemoteFolder(f"memory:/{root}", slow, root, tries=2, timeout_s=0.1)
+    remote.write("state.json", b"old")
+    remote.write("other.json", b"at once")
+    with pytest.raises(RemoteError, match="an earlier write, which was given up, has not ended within"):
+        remote.write("state.json", b"new")
+    assert remote.read("state.json") == b"old"
+    slow.go.set()
+
+
+class Lossy(MemoryFileSystem):  # type: ignore[misc]
+    """Creates files exclusively, but the first answer is lost."""
+
+    cachable = False
+    lost = False
+
+    async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        """As in libraries that know `mode`."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        super().pipe_file(path, value, mode=mode)
+        if not self.lost:
+            self.lost = True
+            raise ConnectionResetError("the answer was lost")
+
+
+def test_a_file_that_we_created_is_ours_although_the_answer_was_lost(tmp_path: Path) -> None:
+    root = f"/{tmp_path.name}-lossy"
+    remote = RemoteFolder(f"s3:/{root}", Lossy(), root, tries=3, timeout_s=5.0)
+    assert remote.creates_atomically
+    assert remote.create("lock", b"mine") and not remote.create("lock", b"another's")
+    assert remote.read("lock") == b"mine" and remote.creates_atomically
+
+
+class Careless(Lossy):
+    """A server that ignores the condition."""
+
+    lost = True
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        MemoryFileSystem.pipe_file(self, path, value)
+
+
+class Old(MemoryFileSystem):  # type: ignore[misc]
+    """A library as s3fs was before 2024.12: the wish goes to its server, which does not know it."""
+
+    cachable = False
+
+    async def _pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        """Without `mode`."""
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        super().pipe_file(path, value)
+
+
+def test_whether_files_are_created_exclusively_is_found_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    careless = RemoteFolder("s3://bucket/run", Careless(), f"/{tmp_path.name}-careless", tries=1, timeout_s=5.0)
+    assert careless.create("lock", b"mine") and not careless.creates_atomically
+    assert "lets two create one file; locks there are settled by waiting" in caplog.text
+    old = RemoteFolder("s3://bucket/run", Old(), f"/{tmp_path.name}-old", tries=1, timeout_s=5.0)
+    assert not old.creates_atomically
+
+
+class Conditional(MemoryFileSystem):  # type: ignore[misc]
+    """What S3 and s3fs do: ETags, conditions on writes, and their errors. The first write may be held back."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: threading.Event | None = None
+
+    async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        """As in libraries that know `mode`."""
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path)
+        return found | {"ETag": hashlib.md5(self.cat_file(path)).hexdigest()}
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", IfMatch: str = "", **_: Any) -> Any:
+        held, self.held = self.held, None
+        if held is not None:
+            held.wait(30)
+        if IfMatch and (not self.exists(path) or self.info(path)["ETag"] != IfMatch):
+            raise OSError(errno.EINVAL, "At least one of the pre-conditions you specified did not hold")
+        super().pipe_file(path, value, mode=mode)
+        return {"ETag": self.info(path)["ETag"]}
+
+
+def test_a_late_write_of_another_process_fails(tmp_path: Path) -> None:
+    store, root, go = Conditional(), f"/{tmp_path.name}-conditional", threading.Event()
+    ours, theirs = (RemoteFolder("s3://bucket/run", store, root, tries=1, timeout_s=0.2) for _ in range(2))
+    ours.write("result.json", b"stopped")
+    ours.write("result.json", b"stopped")
+    store.held = go
+    with pytest.raises(RemoteError, match="no answer within"):
+        ours.write("result.json", b"failed")
+    store.pipe_file(f"{root}/result.json", b"ok")  # of another process, which has taken the run over
+    go.set()
+    with pytest.raises(RemoteError, match="result.json was written by somebody else meanwhile and is left so"):
+        ours.write("result.json", b"failed")
+    assert theirs.read("result.json") == b"ok"
+    theirs.write("result.json", b"ok, again")
+    theirs.delete("result.json")
+    theirs.write("result.json", b"ok, anew")
+    assert ours.read("result.json") == b"ok, anew"
