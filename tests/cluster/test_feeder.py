@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from io import BytesIO
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import allowed_s, wait_until
 
 from penstock.cluster.feeder import open_feeder
 from penstock.cluster.feeder_builder import FeederSpec
@@ -72,7 +73,7 @@ def pool(tiny_graph: GraphStore, tmp_path_factory: pytest.TempPathFactory) -> It
     with open_feeder_processes(
         tiny_graph.path, folder, count=2, disk_bytes=FEEDER_DISK, memory=64 << 20, retries=10
     ) as found:
-        found.wait_ready(60, count=2)
+        found.wait_ready(allowed_s(60), count=2)
         yield found
     assert not folder.exists()
 
@@ -91,13 +92,6 @@ def pulled(addresses: list[Address], token: bytes, packs: Path, **changes: Any) 
     with open_pulled_feed(addresses, token, packs=packs, **(options | changes)) as found:
         yield found
     assert not packs.exists()
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "gave up waiting"
-        time.sleep(0.01)
 
 
 def pid_of(pool: FeederPool, number: int) -> int:
@@ -182,9 +176,9 @@ def test_a_killed_feeder_is_replaced_and_its_windows_are_built_again(
                 found.puller.set_feeders(pool.addresses)
             batches.append(content(batch))
         assert batches == expected
-        until(lambda: len(pool.losses) > lost or pool.poll())
+        wait_until(lambda: len(pool.losses) > lost or pool.poll())
     assert "-9" in pool.losses[-1].cause and pool.losses[-1].is_replaced
-    pool.wait_ready(60, count=2)
+    pool.wait_ready(allowed_s(60), count=2)
 
 
 def test_a_frozen_feeder_is_named_and_left(pool: FeederPool, expected: list[Content], tmp_path: Path) -> None:
@@ -194,12 +188,12 @@ def test_a_frozen_feeder_is_named_and_left(pool: FeederPool, expected: list[Cont
         os.kill(frozen, signal.SIGSTOP)
         batches += [content(batch) for batch in found.feed]
         assert batches == expected
-        until(lambda: bool(found.puller.faults))
+        wait_until(lambda: bool(found.puller.faults))
     (fault,) = found.puller.faults
     assert fault.address == address and "did not answer within 3 s" in fault.cause
     pool.replace(fault.address, fault.cause)
-    until(lambda: not Path(f"/proc/{frozen}").exists())
-    assert address not in pool.wait_ready(60, count=2)
+    wait_until(lambda: not Path(f"/proc/{frozen}").exists())
+    assert address not in pool.wait_ready(allowed_s(60), count=2)
 
 
 class Middle:
@@ -254,12 +248,12 @@ def test_a_kill_in_mid_transfer_leaves_no_half_of_a_window(
         with pulled([pool.addresses[1]], pool.token, tmp_path / "packs") as found:
             found.puller.set_feeders([middle.address, pool.addresses[1]])
             assert [content(batch) for batch in found.feed] == expected
-            until(lambda: bool(found.puller.faults))
+            wait_until(lambda: bool(found.puller.faults))
     finally:
         middle.close()
     assert seen.is_set() and found.puller.faults[0].address == middle.address
     pool.poll()
-    pool.wait_ready(60, count=2)
+    pool.wait_ready(allowed_s(60), count=2)
 
 
 def test_what_arrives_damaged_is_pulled_again(pool: FeederPool, expected: list[Content], tmp_path: Path) -> None:
@@ -297,11 +291,11 @@ def test_disks_keep_within_their_budgets_while_nobody_reads(
     with open_feeder(spec, token) as (feeder, address):
         with pulled([address], token, tmp_path / "packs", budgets=BUDGETS) as found:
             batches = [content(next(found.feed))]
-            until(lambda: feeder.status()["windows_waiting"] > 0 and found.puller.stats().windows_waiting > 1)
+            wait_until(lambda: feeder.status()["windows_waiting"] > 0 and found.puller.stats().windows_waiting > 1)
             time.sleep(0.3)  # nothing may grow now
             batches += [content(batch) for batch in found.feed]
             assert batches == expected
-        until(lambda: feeder.status()["used_bytes"] == 0)
+        wait_until(lambda: feeder.status()["used_bytes"] == 0)
         status = feeder.status()
     stopped.set()
     watcher.join()
@@ -327,12 +321,12 @@ def test_a_window_that_is_being_fetched_gives_its_room_to_no_other(
         last = job.meta.num_windows - 1
         for window in (last - 1, last):
             assert client.ask({"op": "build", "window": window})[0]["state"] != "no room"
-            until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
+            wait_until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
         client.ask({"op": "fetch", "window": last, "part": "index"})
         for window in range(last - 1):
             if client.ask({"op": "build", "window": window})[0]["state"] == "no room":
                 break
-            until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
+            wait_until(lambda window=window: states(window) == ["done"])  # type: ignore[misc]
         assert states(last - 1, last) == ["unknown", "done"]
         pack = BytesIO()
         client.ask_into({"op": "fetch", "window": last, "part": "pack"}, pack, sink_checks=True)
@@ -366,7 +360,7 @@ def test_an_index_that_no_window_can_have_is_refused(pool: FeederPool, tmp_path:
 
 
 def _first_window(packs: Path) -> int:
-    until(lambda: bool(list(packs.glob("window-*.json"))))
+    wait_until(lambda: bool(list(packs.glob("window-*.json"))))
     return int(min(packs.glob("window-*.json")).stem.split("-")[1])
 
 
@@ -444,7 +438,7 @@ def test_a_window_that_cannot_be_built_ends_the_run_with_its_cause(pool: FeederP
         puller.set_feeders(pool.addresses)
 
         with pytest.raises(DoesNotFit, match="20 were expected; resume the run"):
-            until(lambda: puller.check() is not None)  # type: ignore[func-returns-value]
+            wait_until(lambda: puller.check() is not None)  # type: ignore[func-returns-value]
 
 
 def test_requests_are_checked(pool: FeederPool, tmp_path: Path) -> None:
@@ -474,11 +468,11 @@ def test_requests_are_checked(pool: FeederPool, tmp_path: Path) -> None:
 def test_a_feeder_that_keeps_dying_ends_the_run(tiny_graph: GraphStore, tmp_path: Path) -> None:
     with open_feeder_processes(tiny_graph.path, tmp_path / "feeders", count=1, memory=64 << 20, retries=1) as pool:
         for _ in range(2):
-            pool.wait_ready(60)
+            pool.wait_ready(allowed_s(60))
             (process,) = pool._handles
             os.kill(process.pid, signal.SIGKILL)  # type: ignore[attr-defined]  # a FeederProcess
             if not pool.losses:
-                until(lambda: bool(pool.losses) or pool.poll())
+                wait_until(lambda: bool(pool.losses) or pool.poll())
         with pytest.raises(RankFailed, match=r"was lost .*, as were those in its place .*2 losses in all"):
-            until(lambda: pool.poll() and False)
+            wait_until(lambda: pool.poll() and False)
     assert [loss.is_replaced for loss in pool.losses] == [True, False]

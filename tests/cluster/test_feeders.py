@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from patience import allowed_s, wait_until
 from ray.cluster_utils import Cluster
 
 from penstock.cluster.config import ClusterConfig
@@ -61,7 +62,7 @@ def test_a_killed_actor_is_replaced_on_its_way(tiny_graph: GraphStore, tmp_path:
         expected = values(feed)
     shared = tmp_path / "feeders"
     with open_feeder_actors(tiny_graph.path, CONFIG, folder=shared, memory=64 << 20) as pool:
-        pool.wait_ready(60, count=2)
+        pool.wait_ready(allowed_s(60), count=2)
         started = handles(pool)
         assert len({handle.node for handle in started}) == 2
         assert ray.get_runtime_context().get_node_id() not in {handle.node for handle in started}
@@ -75,7 +76,7 @@ def test_a_killed_actor_is_replaced_on_its_way(tiny_graph: GraphStore, tmp_path:
             packs=tmp_path / "packs",
             start_step=0,
             stop_step=30,
-            pace=Pace(timeout_s=60),
+            pace=Pace(timeout_s=allowed_s(60)),
         ) as pulled:
             found += values([next(pulled.feed)])
             os.kill(started[0].pid, signal.SIGKILL)
@@ -87,14 +88,11 @@ def test_a_killed_actor_is_replaced_on_its_way(tiny_graph: GraphStore, tmp_path:
                 found += values([batch])
         assert found == expected
         assert pool.losses[0].is_replaced and started[0].where in pool.losses[0].where
-        pool.wait_ready(60, count=2)
+        pool.wait_ready(allowed_s(60), count=2)
         assert len(list(shared.iterdir())) == 2 and len(pool.status()) == 2
         pids = [handle.pid for handle in handles(pool)]
     assert not list(shared.iterdir())
-    ends = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < ends, pids
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def test_no_node_for_feeders_is_told(tiny_graph: GraphStore, tmp_path: Path) -> None:

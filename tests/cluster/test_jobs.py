@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import Deadline, allowed_s
 
 from penstock.__main__ import main
 from penstock.cluster import jobs as jobs_module
@@ -62,12 +63,12 @@ class Cluster:
             )
 
     def connect(self) -> Jobs:
-        ends = time.monotonic() + 60
+        deadline = Deadline(60)
         while True:
             try:
                 return open_jobs(self.address)
             except ValueError:
-                assert time.monotonic() < ends and self.process.poll() is None
+                assert not deadline.is_over and self.process.poll() is None
                 time.sleep(0.2)
 
     def dashboard(self) -> psutil.Process:
@@ -78,7 +79,7 @@ class Cluster:
         family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         for process in family:
             process.kill()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(family, timeout=allowed_s(20))
         self.process.wait()
 
 
@@ -253,6 +254,6 @@ def test_an_interrupt_leaves_the_job_running(cluster: Cluster, jobs: Jobs, tmp_p
             if line == "working\n":
                 break
         following.send_signal(signal.SIGINT)
-        assert following.wait(timeout=60) == 130
+        assert following.wait(timeout=allowed_s(60)) == 130
         assert f"the job goes on; to stop it: ray job stop {base}" in following.stderr.read()
     assert jobs.find(base).status == "RUNNING"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import allowed_s
 
 from penstock.cluster.config import ClusterConfig
 from penstock.cluster.session import Node, open_session, threads_per_replica
@@ -49,6 +50,6 @@ def test_a_program_keeps_its_signal_handlers(tmp_path: Path) -> None:
     try:
         with open_session("local", tmp_path, num_cpus=1):
             signal.raise_signal(signal.SIGTERM)
-            assert asked.wait(10)
+            assert asked.wait(allowed_s(10))
     finally:
         signal.signal(signal.SIGTERM, before)
