@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.engine.blockcache import BlockCache, derived
 from penstock.engine.minibatch import Block
-from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum, count_loops
+from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum, count_loops, mean_shares
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -89,11 +89,17 @@ def aggregate_mean(block: Block, x: Tensor) -> Tensor:
 
 
 def aggregate_weighted_mean(block: Block, x: Tensor, weights: Tensor) -> Tensor:
-    """Sum of w * x over the sum of w, for weights float32 [E] of the edges; 0 where they sum to 0."""
-    weights = weights.double() if x.dtype == torch.float64 else weights
-    total = _segments(block, weights[:, None], "sum")
-    scale = total.masked_fill(total == 0, math.inf).reciprocal()
-    return aggregate_weighted(block, x, weights[:, None]) * scale.to(x.dtype)
+    """Sum of w * x over the sum of w, for weights float32 [E] of the edges; 0 where they sum to 0.
+
+    Weights may be as large or small as float32 holds: each is divided by its sum in float64 first.
+    """
+    if _is_native(x) and not weights.requires_grad:
+        return aggregate_weighted(block, x, mean_shares(block, weights)[:, None])
+    wide = weights.double()
+    total = _segments(block, wide[:, None], "sum")[:, 0]
+    total = total.masked_fill(total == 0, math.inf)
+    shares = wide / total.index_select(0, edge_destinations(block))
+    return aggregate_weighted(block, x, shares.to(scale_dtype(x))[:, None])
 
 
 def aggregate_max(block: Block, x: Tensor) -> Tensor:

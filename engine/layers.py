@@ -9,8 +9,10 @@
 
 With all neighbours they equal PyG's layers of these names, on graphs with self-loops too: GCN and GAT give every node
 one edge from itself in place of those it has (PyG's `add_remaining_self_loops`), SAGE and GIN take such edges as they
-are. Edge weights count in SAGE's mean only, and only
-if asked; where neighbours were drawn by weight, the plain mean already estimates the weighted one.
+are. Edge weights count in SAGE's mean only, and only if asked. Of neighbours that were drawn by weight the block's
+weights say what each counts, so that the same weighted mean is an unbiased estimate of that over all neighbours (see
+`penstock.kernels.weigh`). The other layers have no such estimate: a maximum, an attention and a normalised sum are no
+weighted means, and the factor degree / sampled is that of uniform draws.
 
 Letters: S sources, R destinations, E edges of the block, F features, H outputs, K heads.
 """
@@ -105,7 +107,7 @@ def gcn_propagate(block: Block, x: Tensor, layer: str) -> Tensor:
 class SAGEConv(nn.Module):
     """W_own x_v + W_neighbour aggregate(x_u) + b.
 
-    `edge_weights` makes the mean a weighted one over the block's weights.
+    `edge_weights` makes the mean one weighted by the block's weights, whichever way neighbours were drawn.
     """
 
     def __init__(

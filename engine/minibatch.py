@@ -21,7 +21,8 @@ _Held = TypeVar("_Held", "Block", "MiniBatch")
 class Block:
     """One bipartite layer in CSC; destinations are the first `num_dst` of the `num_src` sources.
 
-    `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None;
+    `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None: the edges' own,
+    or of neighbours drawn by weight what each counts, so that weighted sums estimate those over all neighbours;
     `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them;
     `src_loops` int32 [num_src] of these are edges from the node to itself, None where only the block's own edges are.
     `draws` says from what dropout draws, None for torch's generator; `cache` keeps what is derived from the structure.

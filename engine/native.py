@@ -110,6 +110,13 @@ def count_loops(block: Block) -> Tensor:
     return out
 
 
+def mean_shares(block: Block, weights: Tensor) -> Tensor:
+    """Weights float32 [E] of a CPU block over the sum of their destination's, without gradients."""
+    out = torch.empty(block.num_edges)
+    _run(kernels.mean_shares, _array(block.indptr), 1, _array(weights.float()), out.numpy())
+    return out
+
+
 class ScaledSum(torch.autograd.Function):
     """dst_scale[v] * sum of src_scale[u] * x[u] + own_scale[v] * x[v]; the scales have no gradients."""
 

@@ -101,6 +101,20 @@ def weighted_sum(indptr, indices, edges, weights, x, out, lo, hi):  # type: igno
                     out[v, f] += w * x[a, f]
 
 
+@njit(cache=True, nogil=True)
+def mean_shares(indptr, weights, out, lo, hi):  # type: ignore[no-untyped-def]
+    """out[e] = weights[e] over the sum of the weights of e's destination, for rows lo..hi-1; 0 where they sum to 0.
+
+    `weights`, `out` float32 [E]; sums are float64, so that large weights do not overflow and small ones do not vanish.
+    """
+    for v in range(lo, hi):
+        total = 0.0
+        for e in range(int64(indptr[v]), int64(indptr[v + 1])):
+            total += weights[e]
+        for e in range(int64(indptr[v]), int64(indptr[v + 1])):
+            out[e] = float32(weights[e] / total) if total != 0 else _ZERO
+
+
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
 def weighted_dot(indptr, indices, x, grad, out, lo, hi):  # type: ignore[no-untyped-def]
     """out[e, k] = dot(x[u, k], grad[v, k]) for every in-edge e = (u, v) of rows lo..hi-1: d weighted_sum / d weights.

@@ -43,6 +43,13 @@ def weighted_sum(
             out[v] += np.repeat(weight, repeat) * x[indices[e]]
 
 
+def mean_shares(indptr: Any, weights: Any, out: Any, lo: int, hi: int) -> None:
+    """See `aggregate.mean_shares`."""
+    for v in range(lo, hi):
+        own = weights[indptr[v] : indptr[v + 1]].astype(np.float64)
+        out[indptr[v] : indptr[v + 1]] = own / own.sum() if own.sum() else 0
+
+
 def weighted_dot(indptr: Ints, indices: Ints, x: Floats, grad: Floats, out: Floats, lo: int, hi: int) -> None:
     """See `aggregate.weighted_dot`."""
     heads = out.shape[1]

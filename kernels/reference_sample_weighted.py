@@ -3,6 +3,7 @@
 import numpy as np
 
 from penstock.kernels.reference_rng import draw, fold, unit
+from penstock.kernels.reference_weigh import copy_number
 
 
 def count_weighted(indptr, weights, nodes, lo, hi, fanout, replace, starts, degrees, offsets):  # type: ignore[no-untyped-def]
@@ -43,7 +44,7 @@ def pick_labor(indices, nodes, slots, keys, starts, degrees, offsets, lo, hi, he
     """Pick the smallest u, one u per neighbour."""
     for i in range(lo, hi):
         edges = range(int(starts[i]), int(starts[i] + degrees[i]))
-        keyed = [(unit(draw(fold(keys[slots[i]], indices[p]), 0)), p) for p in edges]
+        keyed = [(unit(draw(fold(keys[slots[i]], indices[p]), copy_number(indices, starts[i], p))), p) for p in edges]
         positions[offsets[i] : offsets[i + 1]] = _smallest(keyed, offsets[i + 1] - offsets[i])
 
 
@@ -51,7 +52,8 @@ def pick_labor_weighted(indices, weights, nodes, slots, keys, starts, degrees, o
     """Pick the smallest -log(u)/w, one u per neighbour."""
     for i in range(lo, hi):
         edges = [p for p in range(int(starts[i]), int(starts[i] + degrees[i])) if weights[p] > 0]
-        keyed = [(-np.log(unit(draw(fold(keys[slots[i]], indices[p]), 0))) / weights[p], p) for p in edges]
+        numbers = [unit(draw(fold(keys[slots[i]], indices[p]), copy_number(indices, starts[i], p))) for p in edges]
+        keyed = [(-np.log(u) / weights[p], p) for u, p in zip(numbers, edges, strict=True)]
         positions[offsets[i] : offsets[i + 1]] = _smallest(keyed, offsets[i + 1] - offsets[i])
 
 

@@ -7,8 +7,10 @@ Without replacement, by weight: the c smallest of -log(u)/w, one u per edge (Efr
 Processing Letters 97(5), 2006, in the exponential form). LABOR-0, sequential Poisson (Balin and Catalyurek, "Layer-
 Neighbor Sampling: Defusing Neighborhood Explosion in GNNs", NeurIPS 2023, section 3 and appendix): the same with one u
 per neighbour t, drawn from key(seed, epoch, item, hop, t) without the destination, so that the destinations of an item
-agree on their neighbours and the hop reaches fewer nodes; without weights -log(u) may be u. With replacement, by
-weight: sorted targets and one pass over the running sum of weights. All are O(d) time and O(c) memory.
+agree on their neighbours and the hop reaches fewer nodes; parallel edges have one u each, or picks would favour or
+shun them; without weights -log(u) may be u. With replacement, by
+weight: sorted targets and one pass over the running sum of weights. All are O(d) time and O(c) memory. How draws by
+weight count is in `weigh`.
 """
 
 import numpy as np
@@ -137,9 +139,10 @@ def pick_labor(indices, nodes, slots, keys, starts, degrees, offsets, lo, hi, he
                 positions[at + k] = start + k
             continue
         key = keys[slots[i]]
-        size = 0
+        size, copy = 0, 0
         for position in range(start, start + degrees[i]):
-            node_key = unit(draw(fold(key, indices[position]), 0))
+            copy = copy + 1 if position > start and indices[position] == indices[position - 1] else 0
+            node_key = unit(draw(fold(key, indices[position]), copy))
             size = _keep_smallest(node_key, position, size, count, at, heap, positions)
         sort_range(positions, at, at + count)
 
@@ -155,11 +158,12 @@ def pick_labor_weighted(indices, weights, nodes, slots, keys, starts, degrees, o
         if count == 0:
             continue
         key = keys[slots[i]]
-        size = 0
+        size, copy = 0, 0
         for position in range(start, start + degrees[i]):
+            copy = copy + 1 if position > start and indices[position] == indices[position - 1] else 0
             weight = weights[position]
             if weight > 0:
-                edge_key = -np.log(unit(draw(fold(key, indices[position]), 0))) / weight
+                edge_key = -np.log(unit(draw(fold(key, indices[position]), copy))) / weight
                 size = _keep_smallest(edge_key, position, size, count, at, heap, positions)
         sort_range(positions, at, at + count)
 

@@ -115,7 +115,7 @@ class _Group:
             scatter_runs(drawn, draws.offsets, targets, 0, len(some), ids)
             if weights is not None:
                 drawn_weights = scratch.take("weights", draws.num_edges, np.float32)
-                topology.gather_weights(positions, draws.num_edges, drawn_weights)
+                topology.weigh(draws, positions, scratch, drawn_weights)
                 scatter_runs(drawn_weights, draws.offsets, targets, 0, len(some), weights)
 
     def _compact(self, frontier: _Frontier, ids: Any, weights: Any, worker: int, lo: int, hi: int) -> None:

@@ -67,7 +67,7 @@ class ItemSampler:
         weights = None
         if self._topology.weights is not None:
             weights = scratch.take(f"weights{hop}", num_edges, np.float32)
-            self._topology.gather_weights(positions, num_edges, weights)
+            self._topology.weigh(draws, positions, scratch, weights)
             weights = weights[:num_edges]
         max_nodes = min(num_dst + num_edges, self._graph.num_nodes)
         self._reserve(num_dst, max_nodes)

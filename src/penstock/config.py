@@ -101,6 +101,8 @@ class RunConfig(BaseModel):
                 and isinstance(fanouts, list | tuple)
             ):
                 model = {**model, "num_layers": max(1, len(fanouts))}
+            if sampler.get("weighted") and value.get("mode") != "chunked" and isinstance(model, dict):
+                model = _weigh(model)
         return {**value, "sampler": sampler, "model": model}
 
     @model_validator(mode="after")
@@ -113,6 +115,7 @@ class RunConfig(BaseModel):
                 f"{key} with cluster.feeders={self.cluster.feeders}, which sample every epoch anew and send windows of "
                 "packs; leave one of them out"
             )
+        self._check_weighted()
         hops = len(self.sampler.layer_fanouts)
         if self.model.kind != "custom" and self.model.num_layers != hops:
             raise ValueError(f"model.num_layers={self.model.num_layers}, but there are {hops} fanouts; make them equal")
@@ -124,6 +127,23 @@ class RunConfig(BaseModel):
                 f"cluster.replicas={self.cluster.replicas}; set accumulate to a multiple of it"
             )
         return self
+
+    def _check_weighted(self) -> None:
+        """ValueError where draws by weight would estimate nothing that the model computes."""
+        model = self.model
+        if not self.sampler.weighted or model.kind == "custom":
+            return
+        if (model.kind, model.aggregator) != ("sage", "mean"):
+            what = f"model.aggregator={model.aggregator}" if model.kind == "sage" else f"model.kind={model.kind}"
+            raise ValueError(
+                f"sampler.weighted=true with {what}: draws by weight estimate a mean weighted by edge weights, which "
+                "this model does not compute; set sampler.weighted=false, or use kind sage with aggregator mean"
+            )
+        if not model.edge_weights:
+            raise ValueError(
+                "model.edge_weights=false with sampler.weighted=true: draws by weight estimate the weighted mean, and "
+                "exact passes have to compute it; leave model.edge_weights out, or set sampler.weighted=false"
+            )
 
     def _is_consistent_in_chunks(self) -> "RunConfig":
         if self.train.accumulate != 1:
@@ -206,6 +226,12 @@ _MAY_CHANGE = {
     "chunked.stages",
     "chunked.timeout_s",
 }
+
+
+def _weigh(model: dict[str, Any]) -> dict[str, Any]:
+    """The weighted mean, which draws by weight estimate, where a model has it and nothing is said."""
+    has_mean = (model.get("kind", "sage"), model.get("aggregator", "mean")) == ("sage", "mean")
+    return {**model, "edge_weights": True} if has_mean and "edge_weights" not in model else model
 
 
 def _accumulate(value: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def infer(
         )
     outputs = Outputs.from_json(trained.outputs, graph)
     outputs.check_features(graph)
+    if trained.config.edge_weights and not graph.meta.has_edge_weights:
+        raise DataError(
+            f"{graph.path} has no edge weights, by which the model's means are weighted; ingest the graph with weights"
+        )
     with local_output(out) as path:
         num_rows = infer_to_parquet(
             trained.model,

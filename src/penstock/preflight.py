@@ -29,6 +29,7 @@ def check(config: RunConfig, graph: GraphStore) -> None:
     """DataError where the graph has nothing to train on, ValueError where the configuration does not go with it, with
     this machine or with the model."""
     _check_data(config, graph)
+    _check_edge_weights(config, graph)
     places_itself = config.cluster.address is not None or config.chunked.backend == "ray"
     if not places_itself:
         check_device(config.train)
@@ -57,6 +58,17 @@ def _check_cut(config: RunConfig, graph: GraphStore, model: nn.Module) -> None:
     check_chunkable(model, num_features)
     units = split_stages(unit_costs(model, graph), config.chunked.stages)
     owned_names(unit_tensors(model, num_features), [(unit.start, unit.stop) for unit in units])
+
+
+def _check_edge_weights(config: RunConfig, graph: GraphStore) -> None:
+    keys = {"model.edge_weights": config.model.edge_weights}
+    if config.mode == "sampled":
+        keys["sampler.weighted"] = config.sampler.weighted
+    wanted = [key for key, is_on in keys.items() if is_on]
+    if wanted and not graph.meta.has_edge_weights:
+        raise ValueError(
+            f"{' and '.join(wanted)} on, but {graph.path} has no edge weights; ingest them, or turn it off"
+        )
 
 
 def _check_data(config: RunConfig, graph: GraphStore) -> None:

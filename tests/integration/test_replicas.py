@@ -92,7 +92,7 @@ def test_replicas_end_with_the_weights_of_one(
     labels, weights = (rng.random((300, 3)) > 0.5).astype(np.uint8), rng.random(len(edges)).astype(np.float32)
     graph = make_graph(300, edges, weights=weights, labels=labels).path
     sampling = {"sampler.weighted": True, "sampler.mode": "hop", "sampler.batch_size": 18}
-    options = {**sampling, "evaluate.mode": "exact", "model.kind": "gcn"}
+    options = {**sampling, "evaluate.mode": "exact"}
     # rolling samples every epoch anew
     expected = outcome(train(configure(graph, tmp_path / "a", sampled_epochs=3, **options)), tmp_path / "a")
     run = tmp_path / "b"

@@ -15,6 +15,7 @@ from penstock.kernels.parallel import run_ranges, split_by_edges
 TWINS = [
     (aggregate, reference_aggregate, "scaled_sum"),
     (aggregate, reference_aggregate, "weighted_sum"),
+    (aggregate, reference_aggregate, "mean_shares"),
     (aggregate, reference_aggregate, "weighted_dot"),
     (aggregate, reference_aggregate, "max_rows"),
     (aggregate, reference_aggregate, "max_rows_backward"),
@@ -174,3 +175,15 @@ def test_bits_do_not_depend_on_threads(parts: int) -> None:
         call(alone, 0, 300)
         run_ranges(lambda lo, hi, call=call, out=shared: call(out, lo, hi), split_by_edges(indptr, parts), parts)  # type: ignore[misc]
         np.testing.assert_array_equal(alone, shared)
+
+
+@given(blocks(), st.integers(0, 3))
+def test_mean_shares_equal_the_reference(block: Blocks, seed: int) -> None:
+    indptr, _, _ = block
+    weights = np.random.default_rng(seed).choice(np.array([0, 1, 3e38, 1e-42], np.float32), indptr[-1])
+    modules = aggregate, reference_aggregate
+    ours, twin = both(
+        modules, "mean_shares", lambda kernel, out: kernel(indptr, weights, out, 0, len(indptr) - 1), len(weights)
+    )
+    np.testing.assert_allclose(ours, twin, rtol=1e-6)
+    assert np.isfinite(ours).all()
