@@ -1,6 +1,6 @@
-"""Aggregate over blocks with gradients: our kernels for float32 on CPU, PyTorch's segment operations elsewhere.
+"""Aggregate over blocks with gradients: our kernels for float32 on CPU, PyTorch's operations (`pieces`) elsewhere.
 
-Half precision on CPU is computed in float32; float64 and other devices take the PyTorch path. `x` is [S, F], row n of
+Half precision is summed in float32 everywhere; float64 and other devices take the PyTorch path. `x` is [S, F], row n of
 source n of the block; results have one row per destination, or per edge for `edge_softmax`.
 
 Letters: S sources, R destinations, E edges of the block, F features, K weights per edge (heads).
@@ -15,6 +15,7 @@ from torch import Tensor
 from penstock.engine.blockcache import BlockCache, derived
 from penstock.engine.minibatch import Block
 from penstock.engine.native import EdgeSoftmax, MaxRows, ScaledSum, WeightedSum, count_loops, mean_shares
+from penstock.engine.pieces import LargestPieces, ScaledPieces, WeightedPieces, edge_destinations, wide_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,15 +29,14 @@ def _is_native(x: Tensor) -> bool:
     return x.device.type == "cpu" and (x.dtype == torch.float32 or x.dtype in _HALF)
 
 
-def edge_destinations(block: Block) -> Tensor:
-    """Destination int64 [E] of every edge."""
-    rows = torch.arange(block.num_dst, device=block.indptr.device)
-    return torch.repeat_interleave(rows, block.indptr.diff().long(), output_size=block.num_edges)
+def uses_kernels(device: torch.device) -> bool:
+    """Whether float32 rows on a device go through our kernels; PyTorch's operations need more memory per edge."""
+    return _is_native(torch.empty(0, device=device))
 
 
 def scale_dtype(x: Tensor) -> torch.dtype:
     """float64 for rows in float64, else float32: what degrees and weights that scale them are computed in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return wide_dtype(x.dtype)
 
 
 def sampled_degrees(block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,10 +77,7 @@ def aggregate_sum(
     if _is_native(x):
         out: Tensor = ScaledSum.apply(x.float(), block, src_scale, dst_scale, own_scale)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
-    rows = x if src_scale is None else x * src_scale.to(x.dtype)[:, None]
-    out = _segments(block, rows.index_select(0, block.indices), "sum")
-    out = out if dst_scale is None else out * dst_scale.to(x.dtype)[:, None]
-    return out if own_scale is None else out + x[: block.num_dst] * own_scale.to(x.dtype)[:, None]
+    return ScaledPieces.apply(x, block, src_scale, dst_scale, own_scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def aggregate_mean(block: Block, x: Tensor) -> Tensor:
@@ -108,21 +105,7 @@ def aggregate_max(block: Block, x: Tensor) -> Tensor:
     if _is_native(x):
         out: Tensor = MaxRows.apply(x.float(), block)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
-    rows = x.index_select(0, block.indices)
-    # The backward pass of torch.segment_reduce gives every tied edge the whole gradient, so we pick the first edge.
-    first = _first_largest(block, rows.detach())
-    none = first == block.num_edges
-    return rows.gather(0, first.masked_fill(none, 0)).masked_fill(none, 0) if len(rows) else x[: block.num_dst] * 0
-
-
-def _first_largest(block: Block, rows: Tensor) -> Tensor:
-    """Per destination and column the first edge [R, F] whose value is the largest or NaN; E where there is no edge."""
-    destinations = edge_destinations(block)
-    wins = (rows == _segments(block, rows, "max").index_select(0, destinations)) | rows.isnan()
-    edges = torch.arange(block.num_edges, device=rows.device)[:, None]
-    first = torch.full((block.num_dst, rows.shape[1]), block.num_edges, device=rows.device)
-    candidates = torch.where(wins, edges, block.num_edges)
-    return first.scatter_reduce(0, destinations[:, None].expand_as(candidates), candidates, "amin")
+    return LargestPieces.apply(x, block)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def aggregate_weighted(block: Block, x: Tensor, weights: Tensor) -> Tensor:
@@ -134,8 +117,7 @@ def aggregate_weighted(block: Block, x: Tensor, weights: Tensor) -> Tensor:
     if _is_native(x):
         out: Tensor = WeightedSum.apply(x.float(), weights.float(), block)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
-    by_head = x.index_select(0, block.indices).view(block.num_edges, heads, x.shape[1] // heads)
-    return _segments(block, (by_head * weights.to(x.dtype)[:, :, None]).flatten(1), "sum")
+    return WeightedPieces.apply(x, weights, block)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def edge_softmax(block: Block, src_scores: Tensor, dst_scores: Tensor, *, slope: float = 0.2) -> Tensor:
@@ -146,11 +128,12 @@ def edge_softmax(block: Block, src_scores: Tensor, dst_scores: Tensor, *, slope:
         out: Tensor = EdgeSoftmax.apply(*args)  # type: ignore[no-untyped-call]
         return out.to(src_scores.dtype)
     rows = edge_destinations(block)
-    raw = src_scores.index_select(0, block.indices) + dst_scores.index_select(0, rows)
+    wide = wide_dtype(src_scores.dtype)
+    raw = src_scores.to(wide).index_select(0, block.indices) + dst_scores.to(wide).index_select(0, rows)
     score = torch.nn.functional.leaky_relu(raw, slope)
     top = _segments(block, score.detach(), "max").index_select(0, rows)
     value = (score - top).exp()
-    return value / _segments(block, value, "sum").index_select(0, rows)
+    return (value / _segments(block, value, "sum").index_select(0, rows)).to(src_scores.dtype)
 
 
 def with_self_loops(block: Block) -> Block:

@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
+from penstock.engine.aggregate import uses_kernels
 from penstock.engine.minibatch import Block
 from penstock.engine.models import layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
@@ -119,7 +120,9 @@ def single_block(device: torch.device) -> Block:
     )
 
 
-def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, num_nodes: int) -> ChunkCosts:
+def _costs(
+    model: nn.Module, layer: int, row_format: RowFormat, out_width: int, num_nodes: int, device: torch.device
+) -> ChunkCosts:
     modules = [model.layers[layer]]  # type: ignore[index]  # a ModuleList
     if layer == 0:
         modules.append(getattr(model, "encoder", None) or nn.Identity())
@@ -130,7 +133,7 @@ def _costs(model: nn.Module, layer: int, row_format: RowFormat, out_width: int, 
     return ChunkCosts(
         source=row_format.row_bytes + decode + 8 * wide + 64,
         destination=4 * (2 * row_format.width + 3 * wide) + 96,
-        edge=56 + 16 * heads,
+        edge=56 + 16 * heads if uses_kernels(device) else 80 + 32 * heads,
         num_nodes=num_nodes,
     )
 
@@ -158,7 +161,7 @@ class _Pass:
         self._source = source
         self.row_format = source.row_format if source else graph.row_format
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.costs = _costs(model, out.layer - 1, self.row_format, out.width, graph.num_nodes)
+        self.costs = _costs(model, out.layer - 1, self.row_format, out.width, graph.num_nodes, self.device)
         self._rows = np.empty((0, self.row_format.row_bytes), np.uint8)
 
     def sums(self) -> BlockSums | None:

@@ -13,11 +13,11 @@ from penstock.engine.aggregate import (
     aggregate_sum,
     aggregate_weighted,
     aggregate_weighted_mean,
-    edge_destinations,
     edge_softmax,
     with_self_loops,
 )
 from penstock.engine.minibatch import Block
+from penstock.engine.pieces import edge_destinations
 
 Function = Callable[..., Tensor]
 
