@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.footprint import (
     GraphFacts,
@@ -34,8 +36,9 @@ class Choice:
 
     `chunks` is 1 where parts alone are enough: then no row is historical. Bytes sent are per epoch and of all ranks:
     between stages, between parts, and to sum weight gradients. `peak_bytes` is of the rank that needs most;
-    `history_bytes` likewise, in memory or on disk; `resident_history_bytes` is what the peak has for them. `fits` says
-    whether the peak is within the budget of a rank.
+    `history_bytes` likewise, in memory or on disk; `resident_history_bytes` is what the peak has for them. Histories
+    stay on the host, the rest of the peak, `device_bytes`, is on the device. `fits` says whether both are within the
+    budgets of a rank.
     """
 
     kind: Parallelism
@@ -53,6 +56,7 @@ class Choice:
     peak_bytes: int
     history_bytes: int
     resident_history_bytes: int
+    device_bytes: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -90,15 +94,24 @@ def _options(config: ChunkedConfig) -> Iterator[tuple[bool, bool]]:
 
 
 def choose_split(
-    layout: Layout, facts: GraphFacts, model: ModelFacts, profile: Profile, config: ChunkedConfig, memory_bytes: int
+    layout: Layout,
+    facts: GraphFacts,
+    model: ModelFacts,
+    profile: Profile,
+    config: ChunkedConfig,
+    memory_bytes: int,
+    device_bytes: int | None = None,
 ) -> Choice:
-    """The first option of a split that fits, else the one that needs least."""
+    """The first option of a split that fits, else the one that needs least; `device_bytes` None where the host is
+    the device."""
     units = split_stages(profile.unit_costs(), layout.stages)
     piece = cut_pieces(facts, layout.parts)
     found = []
     for recompute, in_memory in _options(config):
         split = Split(layout=layout, units=units, recompute=recompute, in_memory=in_memory)
         played = _play(split, facts, model, profile, config)
+        resident = resident_history_bytes(split, piece, model, config)
+        on_device = int((np.array(played.peak_bytes) - resident).max())
         choice = Choice(
             kind=name_split(layout.stages, layout.parts),
             stages=layout.stages,
@@ -114,8 +127,9 @@ def choose_split(
             reduced_bytes=played.reduced_bytes,
             peak_bytes=max(played.peak_bytes),
             history_bytes=round(float(history_bytes(split, piece, model, config).max())),
-            resident_history_bytes=round(float(resident_history_bytes(split, piece, model, config).max())),
-            fits=max(played.peak_bytes) <= memory_bytes,
+            resident_history_bytes=round(float(resident.max())),
+            device_bytes=on_device,
+            fits=max(played.peak_bytes) <= memory_bytes and (device_bytes is None or on_device <= device_bytes),
         )
         if choice.fits:
             return choice
@@ -131,13 +145,14 @@ def compare_splits(
     *,
     devices: int,
     memory_bytes: int,
+    device_bytes: int | None = None,
 ) -> tuple[Choice, ...]:
-    """Predict every split of `devices` ranks with `memory_bytes` each, pipeline first.
+    """Predict every split of `devices` ranks with `memory_bytes` and, on a device, `device_bytes` each, pipeline first.
 
     Left out are splits with more stages than the model has units, and numbers of parts that `facts` do not know. Parts
     alone come twice: with one chunk, which is exact, and with the chunks of `facts`, which need less memory.
     """
-    choices = []
+    choices, budgets = [], (memory_bytes, device_bytes)
     for parts in range(1, devices + 1):
         stages = devices // parts
         known = parts == 1 or parts in facts.part_alpha
@@ -145,8 +160,8 @@ def compare_splits(
             continue
         layout = Layout(stages, parts)
         if stages == 1 and parts > 1 and facts.num_chunks > 1:
-            choices.append(choose_split(layout, facts.in_one_chunk(), model, profile, config, memory_bytes))
-        choices.append(choose_split(layout, facts, model, profile, config, memory_bytes))
+            choices.append(choose_split(layout, facts.in_one_chunk(), model, profile, config, *budgets))
+        choices.append(choose_split(layout, facts, model, profile, config, *budgets))
     return tuple(choices)
 
 
@@ -163,8 +178,8 @@ def pick(choices: Sequence[Choice]) -> Choice:
     least = min(choices, key=lambda choice: choice.peak_bytes)
     raise DoesNotFit(
         f"no split fits the memory of a rank; {least.stages} stages x {least.parts} parts need least, "
-        f"{format_bytes(least.peak_bytes)} ({least.peak_bytes} bytes) per rank: give that much, or use more devices or "
-        "more chunks",
+        f"{format_bytes(least.peak_bytes)} ({least.peak_bytes} bytes) per rank, {least.device_bytes} of them on the "
+        "device where that is a GPU: give that much, or use more devices or more chunks",
         host_bytes=least.peak_bytes,
     )
 

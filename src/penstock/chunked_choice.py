@@ -55,6 +55,26 @@ def _host_bytes(run: Run) -> int:
     return run.budgets.host_bytes // run.config.cluster.replicas
 
 
+def _device_bytes(run: Run, num_ranks: int) -> int | None:
+    """Device memory for one rank: on Ray every rank has a GPU of its own, else all share one; None on the CPU.
+
+    None also where the machine that plans knows of no GPU and no budget was given.
+    """
+    config = run.config
+    if torch.device(config.train.device).type == "cpu" or not run.budgets.device_bytes:
+        return None
+    on_ray = config.cluster.address is not None or config.chunked.backend == "ray"
+    return run.budgets.device_bytes // (1 if on_ray else num_ranks * config.cluster.replicas)
+
+
+def _device_too_small(choice: Choice, device_bytes: int, sharing: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"the device memory is too small: a rank needs {format_bytes(choice.device_bytes)} there for its topology, "
+        f"features, activations and weights, and has {format_bytes(device_bytes)}; use --device-memory "
+        f"{choice.device_bytes * sharing} or more, more chunks, or chunked.recompute=always"
+    )
+
+
 def _share(run: Run, chunks: ChunkStore, model: nn.Module) -> tuple[Literal["memory", "packs"], int]:
     """Where features come from, and the bytes that they take or may take, over all parts of a replica."""
     host, rows = _host_bytes(run), _feature_rows(chunks, model)
@@ -118,7 +138,10 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
     rank_bytes = max(0, _host_bytes(run) - feature_bytes) // layout.num_ranks
     profile = _profile(run, chunks, config, model, layout.num_ranks)
     facts = _graph_facts({config.parts: chunks})
-    choice = choose_split(layout, facts, _model_facts(run, model), profile, config, rank_bytes)
+    device_bytes = _device_bytes(run, layout.num_ranks)
+    choice = choose_split(layout, facts, _model_facts(run, model), profile, config, rank_bytes, device_bytes)
+    if device_bytes is not None and choice.device_bytes > device_bytes:
+        raise _device_too_small(choice, device_bytes, run.budgets.device_bytes // max(1, device_bytes))
     if not choice.fits:
         replicas = run.config.cluster.replicas
         needed = (choice.peak_bytes * layout.num_ranks + feature_bytes) * replicas
@@ -150,6 +173,7 @@ def compare_ranks(run: Run, model: nn.Module, devices: int, cut: Callable[[int],
         config,
         devices=devices,
         memory_bytes=(_host_bytes(run) - feature_bytes) // devices,
+        device_bytes=_device_bytes(run, devices),
     )
 
 

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from penstock.engine.chunked.config import ChunkedConfig
-from penstock.engine.chunked.estimate import HEADINGS, Choice, compare_splits, estimate_rows, name_split, pick
+from penstock.engine.chunked.estimate import (
+    HEADINGS,
+    Choice,
+    choose_split,
+    compare_splits,
+    estimate_rows,
+    name_split,
+    pick,
+)
 from penstock.engine.chunked.footprint import (
     GraphFacts,
     ModelFacts,
@@ -249,3 +257,16 @@ def test_the_last_stage_has_the_labels() -> None:
     ]
     more = costs[1].constant_bytes - costs[0].constant_bytes
     assert more.tolist() == [0, 0, 0, 400 * NUM_NODES // 2] * 2
+
+
+def test_a_device_has_a_budget_of_its_own() -> None:
+    """Activations are recomputed where the device does not hold them, and histories do not count there."""
+    plain: dict[str, Any] = {"layout": Layout(1, 1), "facts": facts(), "model": model(), "profile": profile()}
+    kept = choose_split(**plain, config=ChunkedConfig(), memory_bytes=ROOMY)
+    assert kept.fits and not kept.recompute
+    assert 0 < kept.device_bytes <= kept.peak_bytes - kept.resident_history_bytes + 1
+    again = choose_split(**plain, config=ChunkedConfig(), memory_bytes=ROOMY, device_bytes=kept.device_bytes - 1)
+    assert again.fits and again.recompute and again.device_bytes < kept.device_bytes
+    never = ChunkedConfig(recompute="never")
+    assert not choose_split(**plain, config=never, memory_bytes=ROOMY, device_bytes=kept.device_bytes - 1).fits
+    assert choose_split(**plain, config=never, memory_bytes=ROOMY, device_bytes=kept.device_bytes).fits
