@@ -4,16 +4,33 @@ A feed owns two of these, so that one is filled while the consumer works on the 
 host side is pinned, the features have a twin on the device, and an event tells when the consumer's kernels are done.
 """
 
+import weakref
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.engine.minibatch import Block, MiniBatch
+from penstock.storage.directio import aligned_buffer
 from penstock.storage.trace import Item, decode_item
 
 _LINE = 64  # the gather streams into rows that start on a cache line
 _GROWTH = 1.25  # payloads differ by a few percent, so they stop growing soon
+
+
+def pinned_bytes(num_bytes: int) -> NDArray[np.uint8]:
+    """Page-locked host memory of whole pages, freed with the last view of it.
+
+    Not from torch's allocator, which rounds up to powers of two: up to twice what the budget counts.
+    """
+    memory = aligned_buffer(num_bytes)
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no types here
+    torch.cuda.check_error(int(cuda.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)))
+    # Views of views keep `memory` alive, not each other; it is unlocked before it is unmapped.
+    weakref.finalize(memory, cuda.cudaHostUnregister, memory.ctypes.data).atexit = False
+    return memory[:num_bytes]
 
 
 class BatchBuffer:
@@ -29,8 +46,7 @@ class BatchBuffer:
 
     def _host_bytes(self, num_bytes: int) -> NDArray[np.uint8]:
         if self._pinned:
-            pinned: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-            return pinned
+            return pinned_bytes(num_bytes)
         raw = np.empty(num_bytes + _LINE, np.uint8)
         start = -raw.ctypes.data % _LINE
         return raw[start : start + num_bytes]

@@ -4,6 +4,7 @@ On a GPU, rows of this tier never cross the bus again. On the CPU it works the s
 tests cover it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from penstock.storage.tiers import HostTier, RowPlace, check_slots
 
 
 class DeviceTier:
-    """Decoded rows on `device`; a `Tier`."""
+    """Decoded rows on `device`; a `Tier`. Made, filled and read on one stream, or a fill may come before the zeros."""
 
     def __init__(self, num_slots: int, row_format: RowFormat, device: torch.device) -> None:
         self.num_slots, self.row_format = num_slots, row_format
@@ -34,6 +35,11 @@ class DeviceTier:
         check_slots(slots, self.num_slots)
         found: NDArray[np.float32] = self.rows[torch.from_numpy(slots).to(self.rows.device)].cpu().numpy()
         return found
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """Queue what follows on a CUDA stream; without one, nothing changes."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def side_stream(device: torch.device) -> Any:

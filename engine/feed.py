@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.engine.buffers import BatchBuffer, make_batch
-from penstock.engine.device_tier import DeviceTier, gather_on_device, side_stream
+from penstock.engine.device_tier import DeviceTier, gather_on_device, on_stream, side_stream
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Counters, Feed
 from penstock.storage.budget import format_bytes, num_threads
@@ -74,11 +73,12 @@ class PackSource:
     def _take(self, meta: PackSetMeta, slots: list[Slot]) -> None:
         self._meta, self._slots = meta, slots
         self._host = HostTier(meta.host_slots, meta.row_format)
-        self._on_device = DeviceTier(meta.device_slots, meta.row_format, self._device)
+        with on_stream(self._copies):
+            self._on_device = DeviceTier(meta.device_slots, meta.row_format, self._device)
 
     def assemble(self, step: int, buffer: BatchBuffer) -> MiniBatch:
         """Wait for a step's extent, make its batch, and update the host tier."""
-        with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
+        with on_stream(self._copies):
             stream, loaded = self._load(step)
             started = time.perf_counter()
             extent = verify_extent(loaded)

@@ -99,6 +99,12 @@ class MiniBatch:
         """Copy every tensor, so that the batch outlives the feed's next step."""
         return replace(_map_tensors(self, torch.clone), blocks=tuple(block.clone() for block in self.blocks))
 
+    def record_stream(self, stream: Any) -> None:
+        """Tell CUDA's allocator that a stream reads all tensors: else their memory is reused before it has."""
+        _map_tensors(self, lambda tensor: _record(tensor, stream))
+        for block in self.blocks:
+            _map_tensors(block, lambda tensor: _record(tensor, stream))
+
     def to_dgl(self) -> tuple[Tensor, Tensor, list[Any]]:
         """As DGL's loader yields it: input nodes, output nodes, blocks; see `adapters.to_dgl`."""
         return to_dgl(self)
@@ -111,6 +117,11 @@ class MiniBatch:
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
     # Towards the host, torch would return before the bytes are there.
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def _record(tensor: Tensor, stream: Any) -> Tensor:
+    tensor.record_stream(stream)
+    return tensor
 
 
 def _map_tensors(value: _Held, function: Callable[[Tensor], Tensor]) -> _Held:

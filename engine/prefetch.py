@@ -22,7 +22,11 @@ from penstock.storage.spans import TRACE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedStats:
-    """What a feed did since it was opened. Rows are counted by the tier that they came from."""
+    """What a feed did since it was opened. Rows are counted by the tier that they came from.
+
+    `stall_s` is how long the consumer waited for the feed, `device_s` how long both waited for the device to be done
+    with a buffer: then the device is busy, and no faster feed would help.
+    """
 
     items: int
     bytes_read: int
@@ -32,6 +36,7 @@ class FeedStats:
     stall_s: float
     read_s: float
     assemble_s: float
+    device_s: float = 0.0
 
     @property
     def hit_rates(self) -> dict[str, float]:
@@ -67,7 +72,26 @@ class Source(Protocol):
         """Stop what it runs in the background; a blocked `assemble` ends with PipeClosed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A batch in its buffer. `waited` is from when to when the device was waited for, before it was filled."""
+
+    batch: MiniBatch
+    buffer: BatchBuffer
+    event: Any
+    waited: tuple[float, float]
+
+    def device_s(self, began: float, ended: float) -> float:
+        """Seconds of a wait for this batch in which the device was waited for."""
+        return max(0.0, min(self.waited[1], ended) - max(self.waited[0], began))
+
+
 OpenSource = Callable[[range], Source]
+
+
+def device_seconds(batches: object) -> float:
+    """What of the waits for batches was for the device so far; 0 where they come from no feed."""
+    return float(getattr(batches, "device_s", 0.0))
 
 
 class Pipeline:
@@ -76,7 +100,7 @@ class Pipeline:
     def __init__(self, source: Source, steps: range, buffers: list[BatchBuffer]) -> None:
         self.source, self._steps = source, steps
         self._free: Pipe[BatchBuffer] = Pipe(len(buffers))
-        self._ready: Pipe[tuple[MiniBatch, BatchBuffer, Any]] = Pipe(len(buffers))
+        self._ready: Pipe[Ready] = Pipe(len(buffers))
         for buffer in buffers:
             self._free.put(buffer)
         self._thread = start_worker("penstock-assemble", self._run, self._ready)
@@ -84,12 +108,14 @@ class Pipeline:
     def _run(self) -> None:
         for step in self._steps:
             buffer = self._free.get()
+            began = time.perf_counter()
             buffer.wait_until_consumed()
+            waited = (began, time.perf_counter())
             with TRACE.during("assemble", f"item {step}"):
                 batch = self.source.assemble(step, buffer)
-            self._ready.put((batch, buffer, self.source.ready_event()))
+            self._ready.put(Ready(batch=batch, buffer=buffer, event=self.source.ready_event(), waited=waited))
 
-    def take(self) -> tuple[MiniBatch, BatchBuffer, Any]:
+    def take(self) -> Ready:
         """Wait for the next batch; raises what any stage raised."""
         return self._ready.get()
 
@@ -104,6 +130,9 @@ class Pipeline:
         self._ready.close()
         self.source.close()
         join_worker(self._thread)
+        event = self.source.ready_event()
+        if event is not None:
+            event.synchronize()  # copies under way read memory that is freed or filled again now
 
 
 class Feed:
@@ -130,7 +159,7 @@ class Feed:
         self._pipeline: Pipeline | None = None
         self._stopper: Any = None
         self._held: BatchBuffer | None = None
-        self._items, self._stall_s = 0, 0.0
+        self._items, self._stall_s, self.device_s = 0, 0.0, 0.0
         self._past: list[Counters] = []
         self._closed = False
         self._release, self._auto_release = release, auto_release
@@ -157,16 +186,22 @@ class Feed:
         pipeline = self._pipeline or self._start()
         started = time.perf_counter()
         try:
-            batch, self._held, event = pipeline.take()
+            ready = pipeline.take()
         except BaseException:
             self.close()  # the error's traceback holds this feed, and so would keep the threads from stopping
             raise
-        if event is not None:
-            torch.cuda.current_stream(batch.features.device).wait_event(event)
-        self._stall_s += time.perf_counter() - started
+        self._held = ready.buffer
+        if ready.event is not None:
+            stream = torch.cuda.current_stream(ready.batch.features.device)
+            stream.wait_event(ready.event)
+            ready.batch.record_stream(stream)
+        ended = time.perf_counter()
+        waited = ready.device_s(started, ended)
+        self.device_s += waited
+        self._stall_s += ended - started - waited
         self._items += 1
         self._step += 1
-        return batch
+        return ready.batch
 
     def _give_back(self) -> None:
         if self._held is not None and self._pipeline is not None:
@@ -190,6 +225,8 @@ class Feed:
 
     def _stop_threads(self) -> None:
         if self._pipeline is not None:
+            if self._held is not None:
+                self._held.mark_consumed()  # a feed that goes on elsewhere fills it again
             self._stopper()
             self._past.append(self._pipeline.source.counters)
             self._pipeline = self._held = None
@@ -211,6 +248,7 @@ class Feed:
             host_rows=sum(c.host_rows for c in counters),
             pack_rows=sum(c.pack_rows for c in counters),
             stall_s=self._stall_s,
+            device_s=self.device_s,
             read_s=sum(c.read_s for c in counters),
             assemble_s=sum(c.assemble_s for c in counters),
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from penstock.engine.metrics import Metrics
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.optim import flatten_state, restore_state
+from penstock.engine.prefetch import device_seconds
 from penstock.engine.stepper import Stepper
 from penstock.engine.trainconfig import TrainConfig
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop, update_rate
@@ -129,16 +130,17 @@ class _LocalWorkers(ModelState):
         self.stepper.begin_group()
         for step in range(start, stop):
             TRACE.at(step)
-            began = time.perf_counter()
+            began, device_s = time.perf_counter(), device_seconds(self._batches)
             batch = next(self._batches, None)
             got = time.perf_counter()
+            device_s = device_seconds(self._batches) - device_s
             if batch is None:
                 raise RuntimeError(f"the feed ended at step {step} of {self._total_steps}")
             assert batch.step == step, f"the feed gave step {batch.step}, wanted {step}"
             losses.append((step, batch.num_seeds, self.stepper.add(batch, step)))
             ended = time.perf_counter()
-            self.times["stall"] += got - began
-            self.times["compute"] += ended - got
+            self.times["stall"] += got - began - device_s
+            self.times["compute"] += ended - got + device_s
             TRACE.add("stall", f"item {step}", began, got)
             TRACE.add("compute", f"item {step}", got, ended)
         began = time.perf_counter()

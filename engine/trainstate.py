@@ -66,4 +66,5 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
         value = int(fold(key, np.uint64(step & 0xFFFFFFFFFFFFFFFF))) >> 1
     torch.default_generator.manual_seed(value)  # torch.manual_seed also asks every absent accelerator, 70 us
     if device.type == "cuda":
-        torch.cuda.manual_seed(value)
+        with torch.cuda.device(device):  # else it would seed the current device, which may be another
+            torch.cuda.manual_seed(value)

@@ -1,6 +1,7 @@
 """One rank: carries out its actions of an epoch or an exact pass, one after the other, over a transport.
 
-Receives are posted two ahead, so that rows arrive while it computes; sends leave in the background. A rank owns the
+Receives are posted as far ahead as the transport likes, so that rows arrive while it computes; sends leave in the
+background. A rank owns the
 parameters of its stage, their optimizer, and its tables; it is used by one thread.
 """
 
@@ -28,7 +29,6 @@ from penstock.engine.models import build_model
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.graph import Split, open_graph
 
-_POSTED = 2  # receives under way per lane
 Heartbeat = Callable[[int, int], None]
 
 
@@ -120,9 +120,12 @@ class Rank:
                 spans[n, 0] = time.perf_counter() - began
                 try:
                     if action.kind is Kind.RECV:
+                        if not self._transport.receives_ahead:
+                            next(incoming)
                         state = self._transport.receive(action.peer, action.phase)
                         self._states[action.phase, action.chunk] = state.to(self.spec.device)
-                        next(incoming, None)
+                        if self._transport.receives_ahead:
+                            next(incoming, None)
                     else:
                         _ACTIONS[action.kind](self, action)
                 except ValueError as error:
@@ -146,7 +149,7 @@ class Rank:
                     yield
 
         posting = post()
-        for _ in range(_POSTED):
+        for _ in range(self._transport.receives_ahead):
             next(posting, None)
         return posting
 

@@ -2,6 +2,8 @@
 
 gloo moves a tensor once its receiver has posted the receive, and tells a finished send only to who waits for it. So a
 lane holds at most `IN_FLIGHT` tensors that have not left; a plan that plays with unbuffered sends cannot block there.
+A receive of NCCL is a kernel that waits on the device from when it is posted, in the sight of NCCL's watchdog and of
+every call that synchronizes the device, so there it is posted when its send is due.
 """
 
 import time
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from penstock.engine.chunked.layout import Layout
-from penstock.engine.chunked.transport import IN_FLIGHT, Channel, PeerLost, silence
+from penstock.engine.chunked.transport import IN_FLIGHT, RECEIVES_AHEAD, Channel, PeerLost, silence
 
 GroupBackend = Literal["gloo", "nccl"]
 _TAGS: dict[str, int] = {"forward": 1, "backward": 2, "exact": 3, "halo": 4, "reduce": 5}
@@ -35,6 +37,7 @@ class TorchTransport:
         self, timeout_s: float, *, device: torch.device, groups: dict[tuple[str, bool], Any] | None = None
     ) -> None:
         self.rank, self.bytes_sent, self.wait_s = dist.get_rank(), 0, 0.0
+        self.receives_ahead = RECEIVES_AHEAD if groups is None else 0
         self._timeout_s, self._device, self._groups = timeout_s, device, groups
         self._wire = torch.device("cpu") if groups is None else device
         self._sending: dict[_Lane, deque[tuple[Any, Tensor]]] = {}

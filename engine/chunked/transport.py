@@ -17,6 +17,7 @@ from torch import Tensor
 Channel = Literal["forward", "backward", "exact", "halo", "reduce"]
 _POLL_S = 0.05
 IN_FLIGHT = 4  # tensors of a lane that are sent and not expected yet; more would be memory that no budget counts
+RECEIVES_AHEAD = 2  # receives of a lane that wait while a rank computes, where waiting costs nothing
 _T = TypeVar("_T")
 
 
@@ -30,6 +31,8 @@ class Transport(Protocol):
     rank: int
     bytes_sent: int
     wait_s: float
+    receives_ahead: int
+    "How many receives per lane may be posted before their sends are due."
 
     def send(self, peer: int, channel: Channel, tensor: Tensor) -> None:
         """Start to send a contiguous tensor, which must not change any more. Raises PeerLost.
@@ -76,7 +79,7 @@ class ThreadTransport:
     """A rank's end of a ThreadHub; tensors are handed over without a copy."""
 
     def __init__(self, hub: ThreadHub, rank: int, timeout_s: float) -> None:
-        self.rank, self.bytes_sent, self.wait_s = rank, 0, 0.0
+        self.rank, self.bytes_sent, self.wait_s, self.receives_ahead = rank, 0, 0.0, RECEIVES_AHEAD
         self._hub, self._timeout_s = hub, timeout_s
 
     def send(self, peer: int, channel: Channel, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.transport import Transport
 from penstock.engine.evaluate import count_feed
 from penstock.engine.minibatch import MiniBatch
-from penstock.engine.prefetch import FeedStats
+from penstock.engine.prefetch import FeedStats, device_seconds
 from penstock.engine.reduce import sum_over
 from penstock.engine.trainer import ModelState, make_stepper, torch_threads
 from penstock.engine.trainloop import Tensors, update_rate
@@ -184,17 +184,18 @@ class Replica:
         found = []
         stepper.begin_group()
         for number in range(own, own + counts[self.spec.rank]):
-            began = time.perf_counter()
+            began, device_s = time.perf_counter(), device_seconds(self._batches)
             batch = next(self._batches, None)
             got = time.perf_counter()
+            device_s = device_seconds(self._batches) - device_s
             if batch is None:
                 raise RuntimeError(f"the feed ended at own item {number}, item {deal.whole(number)} of all replicas")
             assert batch.step == number, f"the feed gave step {batch.step}, wanted {number}"
             whole = deal.whole(number)
             found.append((whole, batch.num_seeds, stepper.add(batch, whole)))
             ended = time.perf_counter()
-            self._times["stall"] += got - began
-            self._times["compute"] += ended - got
+            self._times["stall"] += got - began - device_s
+            self._times["compute"] += ended - got + device_s
             TRACE.add("stall", f"item {whole}", began, got)
             TRACE.add("compute", f"item {whole}", got, ended)
         began = time.perf_counter()
