@@ -160,7 +160,7 @@ def _add_self_loops(block: Block) -> Block:
     is_loop = torch.zeros(len(indices), dtype=torch.bool, device=block.indices.device)
     is_loop[indptr[1:].long() - 1] = True
     indices[is_loop], indices[~is_loop] = loops, block.indices[others]
-    return replace(block, indptr=indptr, indices=indices, edge_weights=None)
+    return replace(block, indptr=indptr, indices=indices, edge_weights=None, draw_weights=None)
 
 
 def _count_chosen(block: Block, chosen: Tensor) -> Tensor:

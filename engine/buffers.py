@@ -105,6 +105,7 @@ def make_batch(item: Item, step: int, epoch: int, features: Tensor) -> MiniBatch
             indptr=tensor(block.indptr),
             indices=tensor(block.indices),
             edge_weights=None if block.edge_weights is None else tensor(block.edge_weights),
+            draw_weights=None if block.draw_weights is None else tensor(block.draw_weights),
             src_degrees=None if degrees is None else degrees[: block.num_src],
             src_loops=None if loops is None else loops[: block.num_src],
         )

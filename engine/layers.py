@@ -9,8 +9,8 @@
 
 With all neighbours they equal PyG's layers of these names, on graphs with self-loops too: GCN and GAT give every node
 one edge from itself in place of those it has (PyG's `add_remaining_self_loops`), SAGE and GIN take such edges as they
-are. Edge weights count in SAGE's mean only, and only if asked. Of neighbours that were drawn by weight the block's
-weights say what each counts, so that the same weighted mean is an unbiased estimate of that over all neighbours (see
+are. Edge weights count in SAGE's mean only, and only if asked. Of neighbours that were drawn by weight the block says
+what each counts, and the mean weighted by that is an unbiased estimate of the weighted mean over all neighbours (see
 `penstock.kernels.weigh`). The other layers have no such estimate: a maximum, an attention and a normalised sum are no
 weighted means, and the factor degree / sampled is that of uniform draws.
 
@@ -107,7 +107,7 @@ def gcn_propagate(block: Block, x: Tensor, layer: str) -> Tensor:
 class SAGEConv(nn.Module):
     """W_own x_v + W_neighbour aggregate(x_u) + b.
 
-    `edge_weights` makes the mean one weighted by the block's weights, whichever way neighbours were drawn.
+    `edge_weights` makes the mean one weighted by the edges' weights, or its estimate from draws by weight.
     """
 
     def __init__(
@@ -123,9 +123,10 @@ class SAGEConv(nn.Module):
     def _mean(self, block: Block, x: Tensor) -> Tensor:
         if not self.edge_weights:
             return aggregate_mean(block, x)
+        drawn = block.draw_weights
         if block.edge_weights is None:
             raise ValueError("edge_weights is on, but this block has no weights; ingest a weight column or turn it off")
-        return aggregate_weighted_mean(block, x, block.edge_weights)
+        return aggregate_weighted_mean(block, x, block.edge_weights if drawn is None else drawn)
 
     def forward(self, block: Block, x: Tensor) -> Tensor:
         """[S, F] to [R, H]."""

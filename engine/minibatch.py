@@ -21,8 +21,9 @@ _Held = TypeVar("_Held", "Block", "MiniBatch")
 class Block:
     """One bipartite layer in CSC; destinations are the first `num_dst` of the `num_src` sources.
 
-    `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None: the edges' own,
-    or of neighbours drawn by weight what each counts, so that weighted sums estimate those over all neighbours;
+    `indptr` int32 [num_dst+1], `indices` int32 [E] in [0, num_src), `edge_weights` float32 [E] or None;
+    `draw_weights` float32 [E], of neighbours drawn by weight, are what each counts: sums with them estimate the sums
+    with `edge_weights` over all neighbours;
     `src_degrees` int32 [num_src] are in-degrees in the whole graph, None where the trace did not record them;
     `src_loops` int32 [num_src] of these are edges from the node to itself, None where only the block's own edges are.
     `draws` says from what dropout draws, None for torch's generator; `cache` keeps what is derived from the structure.
@@ -33,6 +34,7 @@ class Block:
     indptr: Tensor
     indices: Tensor
     edge_weights: Tensor | None = None
+    draw_weights: Tensor | None = None
     src_degrees: Tensor | None = None
     src_loops: Tensor | None = None
     draws: Draws | None = None

@@ -142,26 +142,37 @@ class Topology:
         """Write the neighbours at `positions[:num_edges]` to `ids`."""
         gather_flat(self.indices, positions, 0, num_edges, ids)
 
-    def weigh(self, hop: Hop, positions: NDArray[np.int64], scratch: Scratch, out: NDArray[np.float32]) -> None:
-        """Write the weights of a hop's picks to `out`: the edges' own, or where they were drawn by weight, see `weigh`.
+    @property
+    def edge_values(self) -> tuple[str, ...]:
+        """Names of the values that picks carry: their edges' own weights, and where they were drawn by weight what each
+        counts."""
+        return () if self.weights is None else ("edge_weights", "draw_weights")[: 1 + self.meta.weighted]
 
-        DataError where one is not finite.
-        """
-        num_edges = hop.num_edges
-        if self.meta.weighted and hop.fanout >= 0:
-            weigh: Any = weigh_draws  # more arguments than Numba's types know of
-            weigh(
-                self.indices,
-                self.weights,
-                *(hop.nodes, hop.slots, hop.keys, hop.starts, hop.degrees, hop.offsets, 0, hop.num_dst),
-                self.meta.method == "labor",
-                self.meta.replace,
-                *(scratch.take(name, hop.fanout, np.float64) for name in ("by_position", "in_order")),
-                scratch.take("places", hop.fanout, np.int64),
-                positions,
-                out,
-            )
-            return
+    def fill(
+        self, name: str, hop: Hop, positions: NDArray[np.int64], scratch: Scratch, out: NDArray[np.float32]
+    ) -> None:
+        """Write the values of a name of `edge_values` of a hop's picks to `out`."""
+        if name == "draw_weights" and hop.fanout >= 0:
+            self._weigh(hop, positions, scratch, out)
+        else:
+            self._gather_weights(positions, hop.num_edges, out)
+
+    def _weigh(self, hop: Hop, positions: NDArray[np.int64], scratch: Scratch, out: NDArray[np.float32]) -> None:
+        weigh: Any = weigh_draws  # more arguments than Numba's types know of
+        weigh(
+            self.indices,
+            self.weights,
+            *(hop.nodes, hop.slots, hop.keys, hop.starts, hop.degrees, hop.offsets, 0, hop.num_dst),
+            self.meta.method == "labor",
+            self.meta.replace,
+            *(scratch.take(name, hop.fanout, np.float64) for name in ("by_position", "in_order")),
+            scratch.take("places", hop.fanout, np.int64),
+            positions,
+            out,
+        )
+
+    def _gather_weights(self, positions: NDArray[np.int64], num_edges: int, out: NDArray[np.float32]) -> None:
+        """Write the edge weights at `positions[:num_edges]` to `out`; DataError where one is not finite."""
         gather_flat(self.weights, positions, 0, num_edges, out)
         if not np.isfinite(out[:num_edges].sum(dtype=np.float64)):  # finite float32 cannot overflow a float64
             self._check_weight(int(positions[np.flatnonzero(~np.isfinite(out[:num_edges]))[0]]))

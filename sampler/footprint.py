@@ -34,7 +34,7 @@ def item_bytes(graph: GraphStore, meta: TraceMeta) -> int:
     num_inputs = min(sum(bounds[-1]), graph.num_nodes)
     return (
         _BYTES_PER_EDGE * max(num_edges for _, num_edges in bounds)
-        + 8 * sum(num_edges for _, num_edges in bounds)  # local ids, then the payload
+        + (8 + 8 * graph.meta.has_edge_weights + 8 * meta.weighted) * sum(e for _, e in bounds)  # and the payload's
         + _BYTES_PER_DST * bounds[-1][0]
         + 3 * id_dtype(graph.num_nodes).itemsize * num_inputs
     )

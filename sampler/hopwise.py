@@ -29,6 +29,8 @@ from penstock.storage.trace import BlockArrays, TraceMeta, encode_item, payload_
 _GROUP_FACTOR = 4  # memory of an item under way over its payload: 2.5 with ids and local ids of its last hop, and slack
 _CHUNK = 1 << 16  # destinations drawn at a time by one thread: positions and ids stay in the cache
 
+_Values = dict[str, NDArray[np.float32]]  # of edges, by name
+
 
 @dataclass(slots=True)
 class _Partial:
@@ -101,7 +103,7 @@ class _Group:
             )
             frontier.offsets[some + 1] = np.diff(draws.offsets[: len(some) + 1])
 
-    def _pick(self, frontier: _Frontier, fanout: int, ids: Any, weights: Any, worker: int, lo: int, hi: int) -> None:
+    def _pick(self, frontier: _Frontier, fanout: int, ids: Any, values: _Values, worker: int, lo: int, hi: int) -> None:
         """Draw for the destinations order[lo:hi], and put what was drawn into their items' order."""
         scratch, topology = self._scratches[worker], self._topology
         for at in range(lo, hi, _CHUNK):
@@ -113,12 +115,12 @@ class _Group:
             drawn = scratch.take("ids", draws.num_edges, ids.dtype)
             topology.gather(positions, draws.num_edges, drawn)
             scatter_runs(drawn, draws.offsets, targets, 0, len(some), ids)
-            if weights is not None:
-                drawn_weights = scratch.take("weights", draws.num_edges, np.float32)
-                topology.weigh(draws, positions, scratch, drawn_weights)
-                scatter_runs(drawn_weights, draws.offsets, targets, 0, len(some), weights)
+            for name, out in values.items():
+                found = scratch.take(name, draws.num_edges, np.float32)
+                topology.fill(name, draws, positions, scratch, found)
+                scatter_runs(found, draws.offsets, targets, 0, len(some), out)
 
-    def _compact(self, frontier: _Frontier, ids: Any, weights: Any, worker: int, lo: int, hi: int) -> None:
+    def _compact(self, frontier: _Frontier, ids: Any, values: _Values, worker: int, lo: int, hi: int) -> None:
         """Number the nodes of items lo..hi-1 and make their blocks."""
         numbering = self._numberings[worker]
         for slot in range(lo, hi):
@@ -141,7 +143,7 @@ class _Group:
                 num_dst=num_dst,
                 indptr=(offsets - offsets[0]).astype(np.int32),
                 indices=local,
-                edge_weights=None if weights is None else weights[edges].copy(),
+                **{name: array[edges].copy() for name, array in values.items()},
             )
             item.blocks.insert(0, block)
 
@@ -151,9 +153,9 @@ class _Group:
         np.cumsum(frontier.offsets, out=frontier.offsets)
         num_edges = int(frontier.offsets[-1])
         ids = np.empty(num_edges, self._topology.indices.dtype)
-        weights = None if self._topology.weights is None else np.empty(num_edges, np.float32)
-        self._threads(partial(self._pick, frontier, fanout, ids, weights), len(frontier.nodes))
-        self._threads(partial(self._compact, frontier, ids, weights), len(self._items))
+        values: _Values = {name: np.empty(num_edges, np.float32) for name in self._topology.edge_values}
+        self._threads(partial(self._pick, frontier, fanout, ids, values), len(frontier.nodes))
+        self._threads(partial(self._compact, frontier, ids, values), len(self._items))
 
     def payloads(self) -> Iterator[NDArray[np.uint8]]:
         """Sample all hops, then yield the payloads in order; each holds until the next is asked for."""

@@ -64,11 +64,10 @@ class ItemSampler:
         self._topology.gather(positions, num_edges, ids)
         indptr = scratch.take(f"indptr{hop}", num_dst + 1, np.int32)
         indptr[: num_dst + 1] = draws.offsets[: num_dst + 1]
-        weights = None
-        if self._topology.weights is not None:
-            weights = scratch.take(f"weights{hop}", num_edges, np.float32)
-            self._topology.weigh(draws, positions, scratch, weights)
-            weights = weights[:num_edges]
+        values: dict[str, NDArray[np.float32]] = {}
+        for name in self._topology.edge_values:
+            values[name] = scratch.take(f"{name}{hop}", num_edges, np.float32)[:num_edges]
+            self._topology.fill(name, draws, positions, scratch, values[name])
         max_nodes = min(num_dst + num_edges, self._graph.num_nodes)
         self._reserve(num_dst, max_nodes)
         self._numbering.reserve(self._nodes, num_dst, max_nodes)
@@ -79,7 +78,7 @@ class ItemSampler:
             num_dst=num_dst,
             indptr=indptr[: num_dst + 1],
             indices=local[:num_edges],
-            edge_weights=weights,
+            **values,
         )
 
 

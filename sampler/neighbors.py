@@ -29,9 +29,9 @@ _MAX_WINDOW_ITEMS = 64  # enough for packs to share rows; more only makes a kill
 class SampleConfig(BaseModel):
     """How to sample: one of `fanouts` (DGL's order, last for the seeds) and `num_neighbors` (PyG's, first for them).
 
-    -1 takes all neighbours. With `weighted` neighbours are drawn in proportion to their edges' weights, and blocks have
-    weights that make sums over the draws estimates of sums over all (see `kernels.weigh`). `mode` never changes the
-    items; `window_items` None is chosen from memory.
+    -1 takes all neighbours. With `weighted` neighbours are drawn in proportion to their edges' weights, and blocks also
+    say what each draw counts, to estimate weighted sums over all of them (see `kernels.weigh`). `mode` never changes
+    the items; `window_items` None is chosen from memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

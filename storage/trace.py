@@ -14,6 +14,7 @@ trainer needs of an item; the packer copies it into the item's extent byte for b
 | int32[M] | in-degrees in the whole graph (flag 1) |
 | int32[M] | how many edges lead from a node to itself (flag 4; version 2; absent where none does) |
 | per layer: int32[dst+1], int32[E], float32[E] | block `indptr`, `indices` (local ids), edge weights (flag 2) |
+| per layer, at the end of it: float32[E] | of draws by weight, what each counts (flag 8; version 2) |
 
 Letters: L layers, B seeds, M input nodes of the item, E edges of the block, C classes of a multi-label task.
 """
@@ -34,10 +35,10 @@ from penstock.storage.manifest import Manifest, read_json, read_manifest, write_
 
 FORMAT = "penstock/trace"
 VERSIONS = (1,)
-PAYLOAD_VERSIONS = (1, 2)  # 2 only where there are self-loops, so that others keep their bytes
+PAYLOAD_VERSIONS = (1, 2)  # 2 only with self-loops or draws by weight, so that others keep their bytes
 MAGIC = 0x4D455449_4B4E4550  # "PENKITEM" as little-endian bytes
 _HEAD, _LAYER, _ALIGN = 12, 4, 64
-HAS_DEGREES, HAS_WEIGHTS, HAS_LOOPS = 1, 2, 4
+HAS_DEGREES, HAS_WEIGHTS, HAS_LOOPS, HAS_DRAW_WEIGHTS = 1, 2, 4, 8
 
 
 def align(num_bytes: int) -> int:
@@ -54,6 +55,7 @@ class BlockArrays:
     indptr: NDArray[np.int32]
     indices: NDArray[np.int32]
     edge_weights: NDArray[np.float32] | None = None
+    draw_weights: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ def _arrays(item: Item) -> Iterator[NDArray[Any]]:
         yield block.indices
         if block.edge_weights is not None:
             yield block.edge_weights
+        if block.draw_weights is not None:
+            yield block.draw_weights
 
 
 def payload_bytes(item: Item) -> int:
@@ -103,10 +107,20 @@ def encode_item(item: Item, out: NDArray[np.uint8]) -> int:
     """Write the payload into `out` and return its size. Padding is zero, so equal items give equal bytes."""
     has_weights = item.blocks[0].edge_weights is not None
     has_loops = item.loops is not None
-    flags = HAS_DEGREES * (item.degrees is not None) + HAS_WEIGHTS * has_weights + HAS_LOOPS * has_loops
+    counts_draws = item.blocks[0].draw_weights is not None
+    flags = HAS_DEGREES * (item.degrees is not None) + HAS_WEIGHTS * has_weights
+    flags += HAS_LOOPS * has_loops + HAS_DRAW_WEIGHTS * counts_draws
     label_width = item.labels.shape[1] if item.labels.ndim == 2 else 0
     num_bytes = payload_bytes(item)
-    head = [MAGIC, PAYLOAD_VERSIONS[has_loops], num_bytes, item.index, item.epoch, len(item.blocks), item.num_seeds]
+    head = [
+        MAGIC,
+        PAYLOAD_VERSIONS[has_loops or counts_draws],
+        num_bytes,
+        item.index,
+        item.epoch,
+        len(item.blocks),
+        item.num_seeds,
+    ]
     head += [len(item.input_ids), item.input_ids.dtype.itemsize, label_width, flags, 0]
     for block in item.blocks:
         head += [block.num_src, block.num_dst, len(block.indices), 0]
@@ -147,9 +161,9 @@ def decode_item(payload: NDArray[np.uint8]) -> Item:
     for num_src, num_dst, num_edges, _ in layers.tolist():
         indptr, indices = take(num_dst + 1, "<i4"), take(num_edges, "<i4")
         weights = take(num_edges, "<f4") if flags & HAS_WEIGHTS else None
-        blocks.append(
-            BlockArrays(num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, edge_weights=weights)
-        )
+        counts = take(num_edges, "<f4") if flags & HAS_DRAW_WEIGHTS else None
+        shape = {"num_src": num_src, "num_dst": num_dst}
+        blocks.append(BlockArrays(**shape, indptr=indptr, indices=indices, edge_weights=weights, draw_weights=counts))
     return Item(
         index=index,
         epoch=epoch,

@@ -57,6 +57,7 @@ def _item(
     degrees: bool = True,
     weights: bool = True,
     loops: bool = False,
+    draws: bool = False,
 ) -> Item:
     """An item of two layers, 2 seeds, 3 and 5 sources, that is the same every time."""
 
@@ -64,7 +65,8 @@ def _item(
         indptr = np.cumsum([0, *counts]).astype(np.int32)
         indices = (np.arange(indptr[-1]) % num_src).astype(np.int32)
         edge_weights = (indices + 0.5).astype(np.float32) if weights else None
-        return BlockArrays(num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, edge_weights=edge_weights)
+        values = {"edge_weights": edge_weights, "draw_weights": indices.astype(np.float32) if draws else None}
+        return BlockArrays(num_src=num_src, num_dst=num_dst, indptr=indptr, indices=indices, **values)
 
     labels = np.array([2, -1], np.int32)
     return Item(
@@ -93,6 +95,7 @@ def _assert_equal(a: Item, b: Item) -> None:
     for x, y in zip(a.blocks, b.blocks, strict=True):
         assert (x.num_src, x.num_dst) == (y.num_src, y.num_dst)
         pairs += [(x.indptr, y.indptr), (x.indices, y.indices), (x.edge_weights, y.edge_weights)]
+        pairs.append((x.draw_weights, y.draw_weights))
     for mine, theirs in pairs:
         assert (mine is None) == (theirs is None)
         if mine is not None:
@@ -108,14 +111,15 @@ def _assert_equal(a: Item, b: Item) -> None:
     degrees=st.booleans(),
     weights=st.booleans(),
     loops=st.booleans(),
+    draws=st.booleans(),
 )
 def test_items_survive_the_round_trip(
-    index: int, wide: bool, classes: int, degrees: bool, weights: bool, loops: bool
+    index: int, wide: bool, classes: int, degrees: bool, weights: bool, loops: bool, draws: bool
 ) -> None:
-    item = _item(index, wide=wide, classes=classes, degrees=degrees, weights=weights, loops=loops)
+    item = _item(index, wide=wide, classes=classes, degrees=degrees, weights=weights, loops=loops, draws=draws)
     payload = _encoded(item)
     assert len(payload) % 64 == 0
-    assert payload[8:16].view("<i8")[0] == (2 if loops else 1)  # releases that know no loops refuse such items
+    assert payload[8:16].view("<i8")[0] == (2 if loops or draws else 1)  # releases that know neither refuse them
     found = decode_item(payload)
     _assert_equal(found, item)
     assert np.shares_memory(found.input_ids, payload)
