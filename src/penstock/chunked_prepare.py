@@ -176,7 +176,7 @@ def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mod
     replicas = run.config.cluster.replicas
     if sizes.features == "memory":
         return [FeatureSpec(kind="memory", row_dtype=run.config.plan.row_dtype)] * (config.parts * replicas)
-    reuse = run.config.plan.model_copy(update={"mode": "reuse"})
+    reuse = PlanConfig(mode="reuse", row_dtype=run.config.plan.row_dtype)
     shared: dict[str, Any] = {"halo": first_hidden(model) == 1}
     found = []
     for replica, part in product(range(replicas), range(config.parts)):

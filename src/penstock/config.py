@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from penstock.cluster.config import ClusterConfig
+from penstock.effects import refuse_ineffective
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
@@ -107,8 +108,9 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "RunConfig":
+        refuse_ineffective(self)
         if self.mode == "chunked":
-            return self._is_consistent_in_chunks()
+            return self
         if self.cluster.feeders and (self.plan.mode == "reuse" or self.feed == "memory"):
             key = f"feed={self.feed}" if self.feed == "memory" else f"plan.mode={self.plan.mode}"
             raise ValueError(
@@ -144,25 +146,6 @@ class RunConfig(BaseModel):
                 "model.edge_weights=false with sampler.weighted=true: draws by weight estimate the weighted mean, and "
                 "exact passes have to compute it; leave model.edge_weights out, or set sampler.weighted=false"
             )
-
-    def _is_consistent_in_chunks(self) -> "RunConfig":
-        if self.train.accumulate != 1:
-            raise ValueError(
-                f"train.accumulate={self.train.accumulate} with mode=chunked; set chunked.updates_per_epoch instead"
-            )
-        if self.cluster.feeders:
-            raise ValueError(
-                f"cluster.feeders={self.cluster.feeders} with mode=chunked, which packs its chunks once; leave them out"
-            )
-        if self.train.precision != "float32":
-            raise ValueError(
-                f"train.precision={self.train.precision} with mode=chunked, which is float32; leave it out"
-            )
-        if self.evaluate.fanouts is not None:
-            raise ValueError(
-                f"evaluate.fanouts={self.evaluate.fanouts} with mode=chunked, which evaluates exactly; leave them out"
-            )
-        return self
 
     @property
     def has_replicas(self) -> bool:
@@ -260,7 +243,9 @@ def load_config(
 ) -> RunConfig:
     """Compose a configuration; `flags` have dotted keys and count only where they are not None.
 
-    ValueError where anything is unknown, of a wrong type or missing.
+    `seed` and `retries` stand for the keys that they mean in the configuration's mode. ValueError where anything is
+    unknown, of a wrong type or missing, or has no effect; only a file may have keys that say their default and mean
+    nothing, since `config.yaml` is written out in full.
     """
     value: dict[str, Any] = {}
     if file is not None:
@@ -270,13 +255,26 @@ def load_config(
             raise ValueError(f"{file} cannot be read as YAML: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{file} holds a {type(value).__name__}, wanted a mapping of keys")
-    for text in overrides:
-        assign(value, *parse_override(text))
-    for dotted, item in (flags or {}).items():
-        if item is not None:
-            assign(value, dotted, item)
+    given = [parse_override(text) for text in overrides]
+    given += [(key, item) for key, item in (flags or {}).items() if item is not None]
+    modes = [value.get("mode"), *(item for key, item in given if key == "mode")]
+    given = [(key, item) for name, item in given for key in _stands_for(name, modes[-1])]
+    for key, item in given:
+        assign(value, key, item)
     refuse_secrets(value)  # before anything prints what it is given
     try:
-        return RunConfig.model_validate(value)
+        config = RunConfig.model_validate(value)
     except ValidationError as error:
         raise ValueError(explain(error, RunConfig)) from error
+    refuse_ineffective(config, {key for key, _ in given})
+    return config
+
+
+def _stands_for(name: str, mode: object) -> tuple[str, ...]:
+    """The keys that a flag sets."""
+    is_chunked = mode == "chunked"
+    if name == "seed":
+        return ("train.seed",) if is_chunked else ("sampler.seed", "train.seed")
+    if name == "retries":
+        return ("chunked.retries",) if is_chunked else ("cluster.retries",)
+    return (name,)

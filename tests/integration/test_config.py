@@ -37,8 +37,8 @@ def test_flags_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> Non
         (["sampler.fanouts=[5,0]"], "a fanout of 0"),
         (["evaluate.fanouts=[5]"], "give 2"),
         (["budgets.disk=much"], "'much' is not a size"),
-        (["mode=chunked", "train.precision=bfloat16"], "which is float32; leave it out"),
-        (["mode=chunked", "evaluate.fanouts=[5,5]"], "which evaluates exactly; leave them out"),
+        (["mode=chunked", "train.precision=bfloat16"], "no effect here: it is for mode=sampled; leave it out"),
+        (["mode=chunked", "evaluate.fanouts=[5,5]"], "evaluate.fanouts=[5, 5] has no effect here"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(overrides: list[str], message: str) -> None:
