@@ -28,7 +28,7 @@ def job(**changes: Any) -> Job:
 
 def test_ids_tell_runs_apart_and_nothing_else() -> None:
     base = submission_id(config())
-    assert base == submission_id(config(cluster__replicas=1, cluster__retries=7, train__log_every=3))
+    assert base == submission_id(config(cluster__replicas=1, train__log_every=3))
     others = [submission_id(config(**flags)) for flags in ({"run_dir": "s"}, {"train__lr": 0.5}, {"dataset": "h"})]
     assert len({base, *others}) == 4
     uri = {"run_dir": "s3://b/run", "dataset": "s3://b/g"}
@@ -57,7 +57,6 @@ def test_a_portable_configuration_is_the_same_run_elsewhere(tmp_path: Path, monk
         ({"cluster__address": "auto"}, True),
         ({"mode": "chunked"}, False),
         ({"mode": "chunked", "chunked__backend": "ray"}, True),
-        ({"chunked__backend": "ray"}, False),
     ],
 )
 def test_ray_places_what_is_wide(flags: dict[str, Any], spans: bool) -> None:
