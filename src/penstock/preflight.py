@@ -12,7 +12,7 @@ from penstock.engine.layered import check_chunkable
 from penstock.engine.models import build_model, needs_degrees
 from penstock.engine.trainer import check_device, seed_step
 from penstock.storage.errors import DataError
-from penstock.storage.graph import GraphStore, Split
+from penstock.storage.graph import UNKNOWN_FLAG, GraphStore, Split
 
 _PIECE = 1 << 16  # labels that are looked at together
 
@@ -20,9 +20,8 @@ _PIECE = 1 << 16  # labels that are looked at together
 def has_labels(graph: GraphStore, split: Split) -> bool:
     """Whether a node of a split has a label; the first that has ends the search."""
     ids = graph.split_ids(split)
-    if graph.meta.multi_label or not len(ids):
-        return len(ids) > 0
-    return any((graph.labels[ids[lo : lo + _PIECE]] >= 0).any() for lo in range(0, len(ids), _PIECE))
+    pieces = (graph.labels[ids[lo : lo + _PIECE]] for lo in range(0, len(ids), _PIECE))
+    return any((labels[:, 0] != UNKNOWN_FLAG if graph.meta.multi_label else labels >= 0).any() for labels in pieces)
 
 
 def check(config: RunConfig, graph: GraphStore) -> None:

@@ -64,3 +64,21 @@ def test_predictions_are_the_labels_that_were_given(tmp_path: Path) -> None:
     found = np.array(pq.read_table(tmp_path / "d.parquet").column("prediction").to_pylist())
     truth = np.array(["ant", "bee", "fly"])[np.load(tmp_path / "d" / "notes.npy")]
     assert (found == truth).mean() > 0.9
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_hidden_split_is_predicted_and_not_scored(tmp_path: Path, multi: bool) -> None:
+    rng = np.random.default_rng(0)
+    flags = (rng.random((N, 3)) < 0.5).astype(np.float64)
+    labels: Any = flags if multi else flags.argmax(1).astype(np.float64)
+    features = flags + 0.1 * rng.normal(size=(N, 3))
+    labels[90:] = np.nan  # as where a competition keeps the answers
+    arrays = {"features": features, "labels": labels, "src": rng.integers(0, N, 200), "dst": rng.integers(0, N, 200)}
+    arrays |= {"train_ids": np.arange(60), "val_ids": np.arange(60, 90), "test_ids": np.arange(90, N)}
+    for name, values in arrays.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    graph = ingest_npy(tmp_path, tmp_path / "g", IngestOptions(), host_memory=MEMORY)
+    metrics = train(_config(graph.path, tmp_path / "run"))["metrics"]
+    assert metrics["valid_num_nodes"] == 30 and not [name for name in metrics if name.startswith("test_")]
+    infer(tmp_path / "run", tmp_path / "out.parquet", split="test", host_memory=MEMORY)
+    assert pq.read_table(tmp_path / "out.parquet").column("id").to_pylist() == list(range(90, N))
