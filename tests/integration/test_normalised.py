@@ -51,7 +51,7 @@ def _of_pyg(data: Any, seed: int) -> float:
     for _ in range(EPOCHS):
         optimizer.zero_grad()
         out = model(data.x, data.edge_index)
-        functional.cross_entropy(out[data.train_mask], data.y[data.train_mask]).backward()
+        functional.cross_entropy(out[data.train_mask], data.y[data.train_mask]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model.eval()
     best: NDArray[np.int64] = model(data.x, data.edge_index).argmax(1).numpy()
