@@ -19,6 +19,7 @@ from penstock.cluster.lane import Lane, Pace
 from penstock.sampler.windowtask import WindowJob
 from penstock.storage.budget import format_bytes
 from penstock.storage.errors import DataError, DoesNotFit, FormatError, Outgrown
+from penstock.storage.pack import WINDOW_FILES
 from penstock.storage.trace import window_name
 from penstock.storage.transfer import Address
 
@@ -152,7 +153,7 @@ class Puller:
         return self._fixed_bytes() + sum(self._local.values())
 
     def _delete(self, window: int) -> None:
-        for suffix in ("json", "pack", "residents.npy"):
+        for suffix in WINDOW_FILES:
             (self.packs / window_name(window, suffix)).unlink(missing_ok=True)
         self._here.discard(window)
         del self._local[window]

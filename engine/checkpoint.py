@@ -92,9 +92,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; FormatError where a size or checksum is not what its `state.json` says."""
-    value = read_json(path / "state.json")
+    value = read_json(path / "state.json", f"delete {path}", keys=("format", "version"))
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
         raise FormatError(f"{path}/state.json is no {FORMAT} of version {VERSION}; use the release that wrote it")
+    require_step(path, value["step"])
     tensors = {}
     for name, entry in value["files"].items():
         file = path / f"{name}.safetensors"
@@ -102,6 +103,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise FormatError(f"{file} is missing or not what state.json says; delete {path}")
         tensors[name] = read_tensors(file)
     return Checkpoint(path=path, step=value["step"], state=value["state"], tensors=tensors)
+
+
+def require_step(path: Path, step: int) -> None:
+    """FormatError where the folder of a checkpoint is named after another step than its state says."""
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
+        raise FormatError(f"{path}/state.json is of step {step}; delete {path}")
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
@@ -126,7 +133,7 @@ def read_intact(folder: Path, read: Callable[[Path], _Found]) -> _Found | None:
             logger.warning("checkpoint %s is damaged, using the one before it: %s", path, error)
             damaged = error
     if damaged:
-        raise FormatError(f"no checkpoint in {folder} is intact ({damaged}); delete the folder to train from the start")
+        raise FormatError(f"no checkpoint in {folder} is intact ({damaged}); delete {folder} to train from the start")
     return None
 
 

@@ -34,12 +34,10 @@ from penstock.storage.extents import (
     wait_for_window,
 )
 from penstock.storage.graph import GraphStore
-from penstock.storage.npyfile import open_npy
-from penstock.storage.pack import Extent, PackSetMeta, feed_memory, open_packset
+from penstock.storage.pack import Extent, PackSetMeta, feed_memory, open_packset, read_pack_index, read_wrap
 from penstock.storage.pipe import PipeClosed
 from penstock.storage.table import RowSource, StoredRows
 from penstock.storage.tiers import HostTier, place_rows, restore
-from penstock.storage.trace import window_name
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +144,8 @@ class PackSource:
     def _wrap_after(self, item: int) -> None:
         """After the last item of a lap, bring the rows back to where the first window expects them."""
         if self._meta.mode == "reuse" and item == self._meta.num_items - 1:
-            path = self._packs / window_name(self._meta.num_windows - 1, "wrap.npy")
-            if path.is_file():
-                self._host.wrap(np.array(open_npy(path), np.int32))
+            index = read_pack_index(self._packs, self._meta.num_windows - 1)
+            self._host.wrap(read_wrap(self._packs, index))
 
     def _open(self) -> ExtentStream:
         """Restore the tiers as they are before the first step, then start to read."""

@@ -61,14 +61,21 @@ def save_model(
     write_json(folder / "model.json", value)
 
 
-def load_model(folder: Path) -> TrainedModel:
-    """Rebuild a saved model in evaluation mode; FormatError where its files are missing or do not belong together."""
-    value = read_json(folder / "model.json")
+def check_model_files(folder: Path) -> dict[str, Any]:
+    """Read `model.json`; FormatError where the two files are missing, damaged or do not belong together."""
+    value = read_json(folder / "model.json", "restore it or train again", keys=("format", "version"))
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
         raise FormatError(f"{folder}/model.json is no {FORMAT} of version {VERSION}; train again")
     path = folder / "model.safetensors"
     if not path.is_file() or checksum_file(path) != value["xxh3"]:
         raise FormatError(f"{path} is missing or not the one that model.json names; restore it or train again")
+    found: dict[str, Any] = value
+    return found
+
+
+def load_model(folder: Path) -> TrainedModel:
+    """Rebuild a saved model in evaluation mode; FormatError where its files are missing or do not belong together."""
+    value, path = check_model_files(folder), folder / "model.safetensors"
     try:
         config = ModelConfig.model_validate(value["model"])
         model = build_model(config, value["num_features"], value["num_classes"])

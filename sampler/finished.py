@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.sampler.pass_layout import PassLayout, lay_out
 from penstock.sampler.plan import Plan
 from penstock.storage.errors import FormatError
 from penstock.storage.extents import PackWindow, Slot, verify_extent
-from penstock.storage.npyfile import open_npy
-from penstock.storage.pack import PackIndex, has_window, read_pack_index
+from penstock.storage.pack import WINDOW_FILES, PackIndex, read_pack_index, read_residents, read_wrap
 from penstock.storage.trace import window_name
 
 logger = logging.getLogger(__name__)
-_SUFFIXES = ("json", "pack", "residents.npy", "wrap.npy")  # the index goes first: no half of a window looks whole
 
 
 def finished_windows(plan: Plan, out: Path) -> set[int]:
@@ -23,7 +23,7 @@ def finished_windows(plan: Plan, out: Path) -> set[int]:
 
     What is damaged, or of a plan that placed extents otherwise, is said and deleted.
     """
-    windows = [window for window in range(plan.meta.num_windows) if has_window(out, window)]
+    windows = [n for n in range(plan.meta.num_windows) if (out / window_name(n, "json")).is_file()]
     layout, slot = lay_out(plan, windows, 1 << 62), Slot(0, limit=plan.meta.max_extent_bytes)
     found = set()
     for window in windows:
@@ -38,7 +38,7 @@ def finished_windows(plan: Plan, out: Path) -> set[int]:
 
 def drop_window(out: Path, window: int) -> None:
     """Delete the files of a window."""
-    for suffix in _SUFFIXES:
+    for suffix in WINDOW_FILES:  # the index goes first: no half of a window looks whole
         (out / window_name(window, suffix)).unlink(missing_ok=True)
 
 
@@ -60,18 +60,17 @@ def _check_window(plan: Plan, layout: PassLayout, out: Path, window: int, slot: 
     assert plan.arrays is not None
     index = read_pack_index(out, window)
     check_index(plan, layout, index)
-    _check_array(out / window_name(window, "residents.npy"), plan.arrays.residents[window])
+    _check_array(read_residents(out, index), plan.arrays.residents[window])
     if window == plan.meta.num_windows - 1:
-        _check_array(out / window_name(window, "wrap.npy"), plan.arrays.wrap)
+        _check_array(read_wrap(out, index), plan.arrays.wrap)
     with PackWindow(out, index) as opened:
         for item in range(index.first_item, index.first_item + len(index.offsets)):
             verify_extent(opened.load(item, item, slot))
-        opened.verify_shared(slot)
 
 
-def _check_array(path: Path, wanted: np.ndarray) -> None:
-    if not np.array_equal(open_npy(path), wanted):
-        raise FormatError(f"{path} is not as planned")
+def _check_array(found: NDArray[Any], wanted: NDArray[Any]) -> None:
+    if not np.array_equal(found, wanted):
+        raise FormatError("its residents or its wrap are not as planned")
 
 
 def check_finished(plan: Plan, out: Path, windows: Sequence[int]) -> None:

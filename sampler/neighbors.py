@@ -16,10 +16,18 @@ from penstock.sampler.itemwise import sample_itemwise
 from penstock.storage.budget import available_memory
 from penstock.storage.deal import Deal
 from penstock.storage.graph import GraphStore, Split
-from penstock.storage.manifest import is_published
 from penstock.storage.progress import Progress, silent
-from penstock.storage.trace import Trace, TraceMeta, WindowIndex, open_trace, publish_trace, read_window_index
-from penstock.storage.trace_writer import TraceWindowWriter, begin_trace, has_window, read_trace_head
+from penstock.storage.trace import (
+    Trace,
+    TraceMeta,
+    WindowIndex,
+    has_window,
+    is_complete,
+    open_trace,
+    publish_trace,
+    read_window_index,
+)
+from penstock.storage.trace_writer import TraceWindowWriter, begin_trace, read_trace_head
 
 Method = Literal["uniform", "labor"]
 SampleMode = Literal["auto", "item", "hop"]
@@ -186,7 +194,7 @@ def sample_trace(
         config = config.model_copy(update={"window_items": begun.window_items})  # memory may differ, windows may not
     meta = make_trace_meta(graph, config, split, num_epochs, shuffle=shuffle, host_memory=host_memory, deal=deal)
     begin_trace(out, meta)
-    if is_published(out):
+    if is_complete(out, meta):
         return open_trace(out)
     num_edges = 0
     for window in range(meta.num_windows):

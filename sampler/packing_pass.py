@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from penstock.sampler.pass_layout import GATHERERS, PassLayout, PassMemory, lay_
 from penstock.sampler.plan import Plan
 from penstock.sampler.recording import PlanArrays
 from penstock.sampler.row_source import RowSource, write_row_error
-from penstock.sampler.segment_order import bucket_order, segment_digest, sort_buckets
+from penstock.sampler.segment_order import bucket_order, segment_sums, sort_buckets
 from penstock.sampler.streams import StreamWriter
 from penstock.storage.directio import PAGE, DirectFile
 from penstock.storage.errors import DoesNotFit
@@ -235,18 +236,22 @@ class PackingPass:
         for window in self.layout.windows:
             if has_window(self.out, self.plan.first_window + window):
                 continue  # a killed run had come this far
-            shared = self.layout.shared_bytes[window]
-            index = self._index(window, writer, segment_digest(files[window], shared, buffer))
-            number = self.plan.first_window + window
+            number, shared = self.plan.first_window + window, self.layout.shared_bytes[window]
+            pages = segment_sums(files[window], shared, buffer)
             os.replace(files[window].path, self.out / window_name(number, "pack"))
-            write_npy(self.out / window_name(number, "residents.npy"), self.arrays.residents[window])
+            arrays: dict[str, NDArray[Any]] = {"residents": self.arrays.residents[window]}
+            arrays |= {"pages": pages} if shared else {}
             if self.plan.mode == "reuse" and number == self.plan.meta.num_windows - 1:
-                write_npy(self.out / window_name(number, "wrap.npy"), self.arrays.wrap)
+                arrays["wrap"] = self.arrays.wrap
+            sums = {
+                f"{name}_xxh3": write_npy(self.out / window_name(number, f"{name}.npy"), array).xxh3
+                for name, array in arrays.items()
+            }
             fsync_folder(self.out)
-            write_pack_index(self.out, index)
+            write_pack_index(self.out, self._index(window, writer, sums))
         delete_journal(self.out)
 
-    def _index(self, window: int, writer: StreamWriter, shared_xxh3: str) -> PackIndex:
+    def _index(self, window: int, writer: StreamWriter, sums: dict[str, str]) -> PackIndex:
         streams = [n for n, r in enumerate(self.layout.regions) if r.window == window and r.item >= 0]
         regions = [self.layout.regions[n] for n in streams]
         heads = [self.plan.heads[region.item] for region in regions]
@@ -258,5 +263,5 @@ class PackingPass:
             max_inputs=max(head.num_inputs for head in heads),
             xxh3=tuple(str(writer.digests[n].hexdigest()) for n in streams),
             shared_bytes=self.layout.shared_bytes[window],
-            shared_xxh3=shared_xxh3,
+            **sums,
         )

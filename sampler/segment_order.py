@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from penstock.kernels.pack import scatter_words
 from penstock.sampler.plan import Plan
 from penstock.sampler.recording import SharedArrays
 from penstock.sampler.streams import Region
-from penstock.storage.directio import IO_BYTES, DirectFile, page_up
+from penstock.storage.directio import IO_BYTES, PAGE, DirectFile, page_up
 from penstock.storage.manifest import fsync_folder
+from penstock.storage.pack import page_sums
 
 
 def bucket_order(shared: SharedArrays, region: Region) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -78,12 +78,11 @@ def _write_safely(path: Path, buffer: NDArray[np.uint8], num_bytes: int) -> None
     fsync_folder(path.parent)
 
 
-def segment_digest(file: DirectFile, num_bytes: int, buffer: NDArray[np.uint8]) -> str:
-    """xxh3-64 of the first bytes of a window's file, in hex."""
-    digest = xxhash.xxh3_64()
-    step = min(len(buffer), IO_BYTES)
+def segment_sums(file: DirectFile, num_bytes: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """xxh3-64 of every page among the first bytes of a window's file."""
+    step, sums = min(len(buffer), IO_BYTES), np.empty(num_bytes // PAGE, np.uint64)
     for offset in range(0, num_bytes, step):
         count = min(step, num_bytes - offset)
         file.read_into(buffer, offset, count)
-        digest.update(buffer[:count].data)
-    return str(digest.hexdigest())
+        sums[offset // PAGE : (offset + count) // PAGE] = page_sums(buffer[:count].data)
+    return sums

@@ -34,11 +34,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.errors import FormatError
-from penstock.storage.manifest import FileEntry, Manifest, read_manifest, validate_files
+from penstock.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, validate_files, verify_once
 from penstock.storage.npyfile import open_npy
 
 FORMAT = "penstock/chunks"
-VERSIONS = (1,)
+VERSIONS = (1, 2)  # the manifest has a seal from 2 on
 OWN, HALO, EDGES, SENDS = 0, 1, 2, 3  # columns of sizes.npy
 
 
@@ -116,13 +116,13 @@ class Chunk:
 
 
 class PartChunks:
-    """The chunks of one part. Nothing is read until it is used."""
+    """The chunks of one part. Nothing is read until it is used; a file is verified when a process first maps it."""
 
-    def __init__(self, path: Path, part: int, meta: ChunkMeta) -> None:
-        self.path, self.part, self.meta = path, part, meta
+    def __init__(self, path: Path, part: int, store: "ChunkStore") -> None:
+        self.path, self.part, self.meta, self._store = path, part, store.meta, store
         self._maps: dict[str, NDArray[Any]] = {}
         self._sizes = np.array(self._map("sizes"))
-        starts = np.zeros((meta.num_chunks + 1, 4), np.int64)
+        starts = np.zeros((self.meta.num_chunks + 1, 4), np.int64)
         np.cumsum(self._sizes, axis=0, out=starts[1:])
         self._starts = starts
         wires = np.array(self._map("wire_offsets"))
@@ -131,6 +131,7 @@ class PartChunks:
     def _map(self, name: str) -> NDArray[Any]:
         found = self._maps.get(name)
         if found is None:
+            self._store.verify(f"{self.path.name}/{name}.npy")
             found = self._maps[name] = open_npy(self.path / f"{name}.npy").view(np.ndarray)
         return found
 
@@ -229,7 +230,20 @@ class ChunkStore:
         """Open one part; IndexError outside 0..W-1."""
         if not 0 <= part < self.meta.num_parts:
             raise IndexError(f"part {part} of {self.meta.num_parts}")
-        return PartChunks(self.path / part_folder(part), part, self.meta)
+        return PartChunks(self.path / part_folder(part), part, self)
+
+    def verify(self, name: str) -> None:
+        """Compare a file with its checksum, once per process; FormatError where it differs.
+
+        The folder is then taken back: without its manifest it is cut again by the step that makes it.
+        """
+        try:
+            verify_once(
+                self.path / name, self.manifest.file(name), "run the same command again: it cuts the graph anew"
+            )
+        except FormatError:
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            raise
 
     def scatter_back(self, rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Undo the permutation: rows [num_own, ...] of every part, in chunk order, to rows [N, ...] by node id."""

@@ -120,7 +120,7 @@ class DirectFile:
         if done < num_bytes - PAGE + 1:
             raise FormatError(
                 f"{self.path}: read {done} of {num_bytes} bytes at offset {offset}: the file is truncated; "
-                "validate its folder and rebuild it"
+                "restore it or rebuild its folder"
             )
 
     def write_from(self, buffer: NDArray[np.uint8], offset: int, num_bytes: int) -> None:

@@ -2,8 +2,8 @@
 
 One thread loads extent after extent, and cuts each into four reads that are in flight together: with both cores of the
 reference machine busy, four gave 1.2 times the bytes per second of one; on a quiet machine it makes no difference.
-Checksums are left to the consumer (`verify_extent`), so that they overlap the next read. The shared segment of a window
-is verified when a reader first opens the window; its pages come many times, and in parts, afterwards.
+Checksums are left to the consumer (`verify_extent`), so that they overlap the next read; only an extent that names
+shared pages is verified before they are read. Those pages are compared with theirs each time that they come.
 """
 
 import time
@@ -22,18 +22,20 @@ from numpy.typing import NDArray
 from penstock.kernels.parallel import split
 from penstock.storage.directio import PAGE, DirectFile, aligned_buffer, page_up
 from penstock.storage.errors import DoesNotFit, FormatError
-from penstock.storage.npyfile import open_npy
 from penstock.storage.pack import (
+    WINDOW_FILES,
     Extent,
     PackIndex,
     PackSetMeta,
     decode_extent,
-    has_window,
+    page_sums,
     read_pack_index,
+    read_pages,
+    read_residents,
 )
 from penstock.storage.pipe import Pipe, PipeClosed, join_worker, start_worker
 from penstock.storage.spans import TRACE
-from penstock.storage.trace import window_name
+from penstock.storage.trace import window_name, withdraw_window
 
 _POLL_S = 0.02  # how often a rolling reader looks for the next window
 _READ_THREADS = 4
@@ -70,7 +72,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedExtent:
-    """An extent in memory: `slot.buffer` holds its `num_bytes` and behind them the shared pages it needs."""
+    """An extent in memory: `slot.buffer` holds its `num_bytes` and behind them the shared pages it needs.
+
+    `pages` are the checksums of the segment's pages; where they are not None, the extent alone is verified already.
+    """
 
     step: int
     item: int
@@ -79,6 +84,12 @@ class LoadedExtent:
     shared_bytes: int
     xxh3: str
     path: Path
+    window: int
+    pages: NDArray[np.uint64] | None = None
+
+    def damaged(self, what: str) -> FormatError:
+        """The error to raise; the window is taken back."""
+        return withdraw_window(self.path.parent, self.window, f"{self.path}: {what}")
 
 
 class PackWindow(AbstractContextManager["PackWindow"]):
@@ -87,6 +98,7 @@ class PackWindow(AbstractContextManager["PackWindow"]):
     def __init__(self, packs: Path, index: PackIndex) -> None:
         self.index, self.packs = index, packs
         self.path = packs / window_name(index.window, "pack")
+        self._pages = read_pages(packs, index) if index.shared_bytes else None
         self._file = DirectFile(self.path, "read")
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -94,7 +106,7 @@ class PackWindow(AbstractContextManager["PackWindow"]):
 
     def residents(self) -> NDArray[np.int64]:
         """Node id per slot, device slots first, at the window's start; -1 where empty."""
-        return np.array(open_npy(self.packs / window_name(self.index.window, "residents.npy")), np.int64)
+        return read_residents(self.packs, self.index)
 
     def load(self, step: int, item: int, slot: Slot) -> LoadedExtent:
         """Read an item's extent and its shared pages into a slot."""
@@ -103,12 +115,19 @@ class PackWindow(AbstractContextManager["PackWindow"]):
         parts = split(page_up(num_bytes) // PAGE, _READ_THREADS)
         self._read_all([(lo * PAGE, offset + lo * PAGE, (hi - lo) * PAGE) for lo, hi in parts], slot.buffer)
         loaded = LoadedExtent(
-            step=step, item=item, slot=slot, num_bytes=num_bytes, shared_bytes=0, xxh3=xxh3, path=self.path
+            step=step,
+            item=item,
+            slot=slot,
+            num_bytes=num_bytes,
+            shared_bytes=0,
+            xxh3=xxh3,
+            path=self.path,
+            window=self.index.window,
         )
-        if self.index.shared_bytes == 0:
+        if self._pages is None:
             return loaded
         verify_extent(loaded)  # the page runs in it are about to be followed
-        return self._load_shared(loaded)
+        return self._load_shared(replace(loaded, pages=self._pages))
 
     def _load_shared(self, loaded: LoadedExtent) -> LoadedExtent:
         runs = decode_extent(loaded.slot.buffer[: loaded.num_bytes]).shared_runs
@@ -131,8 +150,11 @@ class PackWindow(AbstractContextManager["PackWindow"]):
             _readers().submit(self._file.read_into, buffer[at:], offset, num_bytes) for at, offset, num_bytes in reads
         ]
         wait(futures)  # all of them, even after an error: they write into a buffer that is about to be reused
-        for future in futures:
-            future.result()
+        try:
+            for future in futures:
+                future.result()
+        except FormatError as error:
+            raise withdraw_window(self.packs, self.index.window, str(error).partition(";")[0]) from error
 
     def _entry(self, item: int) -> tuple[int, int, str]:
         position = item - self.index.first_item
@@ -141,33 +163,33 @@ class PackWindow(AbstractContextManager["PackWindow"]):
             raise FormatError(f"{self.path} holds items {self.index.first_item}..{last}, not {item}; pack again")
         return self.index.offsets[position], self.index.bytes[position], self.index.xxh3[position]
 
-    def verify_shared(self, slot: Slot) -> int:
-        """Read the shared segment once and compare its checksum; returns its bytes."""
-        digest, step = xxhash.xxh3_64(), len(slot.buffer)
-        for offset in range(0, self.index.shared_bytes, step):
-            num_bytes = min(step, self.index.shared_bytes - offset)
-            self._file.read_into(slot.buffer, offset, page_up(num_bytes))
-            digest.update(slot.buffer[:num_bytes].data)
-        if self.index.shared_bytes and digest.hexdigest() != self.index.shared_xxh3:
-            raise FormatError(
-                f"{self.path}: the shared segment has checksum {digest.hexdigest()}, its index says "
-                f"{self.index.shared_xxh3}; the disk damaged it: delete the window's files and pack again"
-            )
-        return self.index.shared_bytes
-
 
 def verify_extent(loaded: LoadedExtent) -> Extent:
-    """Compare an extent with its checksum, then view it; FormatError where it is damaged or another item's."""
-    found = xxhash.xxh3_64_hexdigest(loaded.slot.buffer[: loaded.num_bytes].data)
-    if found != loaded.xxh3:
-        raise FormatError(
-            f"{loaded.path}: the extent of item {loaded.item} has checksum {found}, its index says {loaded.xxh3}; "
-            "the disk damaged it: delete the window's files and pack again"
-        )
+    """Compare an extent and its shared pages with their checksums, then view it.
+
+    FormatError where it is damaged or another item's; its window is then taken back, to be packed again.
+    """
+    if loaded.pages is None:
+        found = xxhash.xxh3_64_hexdigest(loaded.slot.buffer[: loaded.num_bytes].data)
+        if found != loaded.xxh3:
+            raise loaded.damaged(f"the extent of item {loaded.item} has checksum {found}, its index says {loaded.xxh3}")
     extent = decode_extent(loaded.slot.buffer[: loaded.num_bytes])
     if extent.head.item != loaded.item:
-        raise FormatError(f"{loaded.path}: the extent of item {loaded.item} says it is item {extent.head.item}")
+        raise loaded.damaged(f"the extent of item {loaded.item} says it is item {extent.head.item}")
+    if loaded.pages is not None:
+        _verify_pages(loaded, loaded.pages, extent.shared_runs)
     return extent
+
+
+def _verify_pages(loaded: LoadedExtent, pages: NDArray[np.uint64], runs: NDArray[np.int64]) -> None:
+    at, view = loaded.num_bytes, loaded.slot.buffer.data
+    for first, count in runs.tolist():
+        found = page_sums(view[at : at + count * PAGE])
+        wrong = np.flatnonzero(found != pages[first : first + count])
+        if len(wrong):
+            page = first + int(wrong[0])
+            raise loaded.damaged(f"page {page} of the shared segment, which item {loaded.item} reads, is not as packed")
+        at += count * PAGE
 
 
 def wait_for_window(
@@ -178,7 +200,7 @@ def wait_for_window(
     Without a `check` nobody is expected to produce, so a missing window is a FormatError at once. PipeClosed once
     `stopped` says so.
     """
-    while check is not None and not has_window(packs, window):
+    while check is not None and not (packs / window_name(window, "json")).is_file():
         if stopped():
             raise PipeClosed
         check()
@@ -206,7 +228,6 @@ class ExtentStream:
         self._loaded: Pipe[LoadedExtent] = Pipe(len(slots))
         for slot in slots:
             self._free.put(slot)
-        self._verified: set[int] = set()
         self.bytes_read, self.read_s = 0, 0.0
         self._thread = start_worker("penstock-read", self._run, self._loaded)
 
@@ -230,7 +251,6 @@ class ExtentStream:
             with PackWindow(self._packs, index) as opened:
                 for step in steps:
                     slot = self._free.get()
-                    self._verify_shared_once(opened, slot)
                     self._load(opened, step, slot)
 
     def _by_window(self) -> Iterator[tuple[int, range]]:
@@ -245,13 +265,6 @@ class ExtentStream:
             end = min(self._steps.stop, step + last - item)
             yield window, range(step, end)
             step = end
-
-    def _verify_shared_once(self, opened: PackWindow, slot: Slot) -> None:
-        if opened.index.window not in self._verified:
-            started = time.perf_counter()
-            self.bytes_read += opened.verify_shared(slot)
-            self.read_s += time.perf_counter() - started
-            self._verified.add(opened.index.window)
 
     def _load(self, opened: PackWindow, step: int, slot: Slot) -> None:
         started = time.perf_counter()
@@ -286,5 +299,5 @@ def delete_windows(packs: Path, before: int) -> None:
     for path in sorted(packs.glob("window-*.json")):
         window = int(path.stem.removeprefix("window-"))
         if window < before:
-            for suffix in ("json", "pack", "residents.npy"):
+            for suffix in WINDOW_FILES:
                 (packs / window_name(window, suffix)).unlink(missing_ok=True)

@@ -128,7 +128,10 @@ class GraphStore:
     @property
     def remedy(self) -> str:
         """What to do about a damaged file."""
-        return f"copy the file anew or rebuild the store; `penstock inspect {self.path} --validate` looks at all files"
+        return (
+            "copy the file anew or rebuild the store (if it is the local copy of a remote one: delete the folder); "
+            f"`penstock inspect {self.path} --validate` looks at all files"
+        )
 
     def verify(self, name: str) -> None:
         """Compare a payload file with its checksum, once per process; FormatError where it differs."""

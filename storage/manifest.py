@@ -3,6 +3,9 @@
 Layout of `manifest.json`: `{"format": "penstock/graph", "version": 1, "meta": {...}, "files": [{"name", "bytes",
 "dtype", "shape", "xxh3"}]}`. `format` and the integer `version` of the format are checked first, unknown keys are
 refused. It is written last: temporary file, fsync, rename, fsync of the folder.
+
+Every JSON object that we write has one key more, `seal`: xxh3-64 of the rest as compact JSON with sorted keys. A number
+that a disk changed is found when the file is read. Files of earlier releases, and those that people write, have none.
 """
 
 import difflib
@@ -17,7 +20,8 @@ import xxhash
 
 from penstock.storage.errors import FormatError, full_disk_is_clear
 
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "seal"
+_TEXT_SEAL = "# xxh3 of the lines below: "
 _CHUNK_BYTES = 1 << 20  # stays in the cache between the read and the digest
 
 
@@ -70,9 +74,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync_folder(path.parent)
 
 
+def _seal(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return str(xxhash.xxh3_64_hexdigest(text.encode()))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, with sorted keys, so that equal values give equal bytes."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    """Write JSON atomically, with sorted keys, so that equal values give equal bytes, and sealed if it is an object."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    if isinstance(value, dict):
+        plain = json.loads(text)  # keys are strings from here on, as for who reads it
+        plain.pop(SEAL, None)
+        text = json.dumps(plain | {SEAL: _seal(plain)}, indent=1, sort_keys=True)
+    write_atomic(path, (text + "\n").encode())
 
 
 def near_miss(path: Path) -> str:
@@ -82,21 +96,50 @@ def near_miss(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; FormatError where the file is missing or damaged."""
+def open_seal(value: Any, path: Path | str, remedy: str) -> Any:
+    """Take the seal off what was read from `path`; FormatError where it is broken."""
+    if isinstance(value, dict) and (found := value.pop(SEAL, None)) is not None and found != _seal(value):
+        raise FormatError(f"{path} has content of checksum {_seal(value)}, its seal says {found}: damaged; {remedy}")
+    return value
+
+
+def read_json(
+    path: Path, remedy: str = "delete it and run the same command again", *, keys: tuple[str, ...] = ()
+) -> Any:
+    """Read JSON, without its seal; FormatError, ending with `remedy`, where it is missing, damaged or lacks `keys`."""
     try:
-        return json.loads(path.read_text())
+        value = open_seal(json.loads(path.read_text()), path, remedy)
     except FileNotFoundError as error:
         if not path.parent.is_dir():
             raise FormatError(f"{path.parent} does not exist{near_miss(path.parent)}") from error
         raise FormatError(
-            f"{path} does not exist: the folder is not complete, or none of ours; run the step that writes it, or "
-            "check the path"
+            f"{path} does not exist: the folder is not complete, or none of ours; restore it, run the step that "
+            "writes it, or check the path"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(
-            f"{path} cannot be read ({error}); it is damaged: delete the folder and rebuild it"
-        ) from error
+        raise FormatError(f"{path} cannot be read ({error}); it is damaged: {remedy}") from error
+    if missing := [key for key in keys if not isinstance(value, dict) or key not in value]:
+        raise FormatError(f"{path} has no {', '.join(missing)}: it is another file, or damaged: {remedy}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write lines of which `#` begins a comment, sealed by the first."""
+    write_atomic(path, f"{_TEXT_SEAL}{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}".encode())
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read such lines, or those without a seal; FormatError, ending with `remedy`, where they are damaged."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not text.startswith(_TEXT_SEAL):
+        return text
+    found, _, text = text.removeprefix(_TEXT_SEAL).partition("\n")
+    if found != xxhash.xxh3_64_hexdigest(text.encode()):
+        raise FormatError(f"{path} does not have the checksum of its first line: it is damaged; {remedy}")
+    return text
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -109,7 +152,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path, format: str, versions: tuple[int, ...] = (1,)) -> Manifest:
     """Read and check the manifest of a folder, strictly; see `parse_manifest`."""
     path = folder / MANIFEST
-    return parse_manifest(read_json(path), str(path), format, versions)
+    return parse_manifest(read_json(path, f"restore it or rebuild {folder}"), str(path), format, versions)
 
 
 def parse_manifest(value: Any, path: str, format: str, versions: tuple[int, ...] = (1,)) -> Manifest:
@@ -117,9 +160,10 @@ def parse_manifest(value: Any, path: str, format: str, versions: tuple[int, ...]
 
     `path` is what messages call it.
     """
+    value = open_seal(value, path, "copy it anew or rebuild the folder")
     if not isinstance(value, dict) or value.get("format") != format:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__
-        raise FormatError(f"{path} has format {found!r}, wanted {format!r}; point to the right folder")
+        raise FormatError(f"{path} has format {found!r}, wanted {format!r}; point to the right folder, or restore it")
     if value.get("version") not in versions:
         raise FormatError(
             f"{path} has version {value.get('version')!r} of {format}; this release reads {list(versions)}: "
@@ -188,6 +232,10 @@ def validate_files(folder: Path, manifest: Manifest, *, checksums: bool = True) 
             raise FormatError(f"{path} is missing; restore it or rebuild {folder}")
         size = path.stat().st_size
         if size != entry.bytes:
-            raise FormatError(f"{path} has {size} bytes, its manifest says {entry.bytes}; rebuild {folder}")
+            raise FormatError(
+                f"{path} has {size} bytes, its manifest says {entry.bytes}; restore it or rebuild {folder}"
+            )
         if checksums and (found := checksum_file(path)) != entry.xxh3:
-            raise FormatError(f"{path} has checksum {found}, its manifest says {entry.xxh3}; rebuild {folder}")
+            raise FormatError(
+                f"{path} has checksum {found}, its manifest says {entry.xxh3}; restore it or rebuild {folder}"
+            )

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import struct
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,20 @@ def open_npy(path: Path) -> NDArray[Any]:
         return np.memmap(path, dtype, "r", offset, shape)
     except (OSError, ValueError, TypeError) as error:
         raise FormatError(f"{path} cannot be mapped as .npy ({error}); rebuild its folder") from error
+
+
+def read_npy(path: Path, xxh3: str, remedy: str) -> NDArray[Any]:
+    """Read a small array into memory; FormatError, ending with `remedy`, where its file does not have this checksum."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    if (found := xxhash.xxh3_64_hexdigest(data)) != xxh3:
+        raise FormatError(
+            f"{path} has checksum {found}, wanted {xxh3}: the disk damaged it, or it was replaced; {remedy}"
+        )
+    array: NDArray[Any] = np.load(BytesIO(data), allow_pickle=False)
+    return array
 
 
 class NpyWriter:

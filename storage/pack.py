@@ -2,12 +2,16 @@
 
 A pack set is a folder with `packset.json` (written first: slots, row format, item counts, see `PackSetMeta`), per
 window `window-000000.pack`, `window-000000.residents.npy` and `window-000000.json` (its index, written last), and
-`manifest.json` once all windows are there (`reuse` mode only; `rolling` windows come and go).
+`manifest.json` once all windows are there (`reuse` mode only; `rolling` windows come and go). The index has a checksum
+of every extent and of each of the other files, which are compared whenever they are read.
 
 `residents`: node id in every slot when the window starts, -1 for an empty slot; device slots first, then host slots.
 Where packs are cycled, the last window also has `window-NNNNNN.wrap.npy`, int32 [2, n]: after its last item the row of
 host slot wrap[0, k] moves to host slot wrap[1, k], and the tier is again as its residents say at window 0.
 All moves happen at once: every source is read before its slot is overwritten.
+
+A window with a shared segment also has `window-NNNNNN.pages.npy`, uint64: the xxh3-64 of every page of the segment,
+since items read pages of it and never the whole.
 
 Window file: [shared segment, padded to pages] [extent of item 0] [extent of item 1] ... Extent, little-endian:
 
@@ -25,6 +29,7 @@ Extent rows are numbered private rows first, then shared rows. Letters: M input 
 """
 
 import json
+import logging
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,17 +38,30 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from penstock.storage.directio import page_up
+from penstock.storage.directio import PAGE, page_up
 from penstock.storage.errors import FormatError
-from penstock.storage.manifest import MANIFEST, Manifest, read_json, read_manifest, write_json, write_manifest
+from penstock.storage.manifest import (
+    Manifest,
+    is_published,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from penstock.storage.npyfile import read_npy
 from penstock.storage.rows import RowFormat
-from penstock.storage.trace import Item, TraceMeta, align, decode_item, window_name
+from penstock.storage.trace import Item, TraceMeta, align, decode_item, window_name, withdraw_window
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "penstock/pack"
-VERSIONS = (1,)
+VERSIONS = (2,)  # packs are made again where they are of another release
+_EXTENT_VERSION = 1
 MAGIC = 0x54584554_4B4E4550
 _HEAD_WORDS = 24
 PackMode = Literal["reuse", "rolling"]
+WINDOW_FILES = ("json", "pack", "residents.npy", "pages.npy", "wrap.npy")  # the index goes first when they go
+_AGAIN = "run the same command again: it packs anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +69,7 @@ class ExtentHead:
     """The first words of an extent, in this order; the rest of the 24 are zero."""
 
     magic: int = MAGIC
-    version: int = VERSIONS[-1]
+    version: int = _EXTENT_VERSION
     item: int
     extent_bytes: int
     payload_offset: int
@@ -124,7 +142,7 @@ def encode_extent_head(head: ExtentHead, out: NDArray[np.uint8]) -> None:
 def decode_extent_head(extent: NDArray[np.uint8]) -> ExtentHead:
     """Read the head; FormatError where the bytes are no extent or too few."""
     words = extent[: 8 * _HEAD_WORDS].view("<i8").tolist() if len(extent) >= 8 * _HEAD_WORDS else []
-    if not words or words[0] != MAGIC or words[1] not in VERSIONS:
+    if not words or words[0] != MAGIC or words[1] != _EXTENT_VERSION:
         raise FormatError("these bytes are no pack extent of a version this release reads; rebuild the packs")
     head = ExtentHead(**dict(zip((field.name for field in fields(ExtentHead)), words, strict=False)))
     if head.extent_bytes > len(extent):
@@ -208,7 +226,10 @@ def trace_digest(meta: TraceMeta) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackIndex:
-    """Index of a finished window: where its extents lie, xxh3-64 of each, and of the shared segment."""
+    """Index of a finished window: where its extents lie, xxh3-64 of each, and of the files beside the pack.
+
+    `pages_xxh3` and `wrap_xxh3` are empty where there is no such file.
+    """
 
     window: int
     first_item: int
@@ -217,17 +238,14 @@ class PackIndex:
     max_inputs: int
     xxh3: tuple[str, ...]
     shared_bytes: int
-    shared_xxh3: str
+    residents_xxh3: str
+    pages_xxh3: str = ""
+    wrap_xxh3: str = ""
 
 
 def write_pack_index(folder: Path, index: PackIndex) -> None:
     """Publish a window; its pack and residents must be complete and synced."""
     write_json(folder / window_name(index.window, "json"), asdict(index))
-
-
-def has_window(folder: Path, window: int) -> bool:
-    """Whether the window is finished."""
-    return (folder / window_name(window, "json")).is_file()
 
 
 def parse_pack_index(value: dict[str, Any], origin: Path) -> PackIndex:
@@ -236,17 +254,64 @@ def parse_pack_index(value: dict[str, Any], origin: Path) -> PackIndex:
     try:
         return PackIndex(**found)
     except TypeError as error:
-        raise FormatError(f"{origin} is malformed ({error}); pack again") from error
+        raise FormatError(f"{origin} is malformed ({error}); {_AGAIN}") from error
 
 
 def read_pack_index(folder: Path, window: int) -> PackIndex:
     """Read a finished window's index; FormatError where it is damaged or its pack has another size."""
-    index = parse_pack_index(read_json(folder / window_name(window, "json")), folder / window_name(window, "json"))
-    pack = folder / window_name(window, "pack")
-    size, wanted = pack.stat().st_size, index.offsets[-1] + index.bytes[-1]
+    path, pack = folder / window_name(window, "json"), folder / window_name(window, "pack")
+    index = parse_pack_index(read_json(path, f"delete {path}, and {_AGAIN}"), path)
+    if index.window != window:
+        raise FormatError(f"{path} is the index of window {index.window}; delete it, and {_AGAIN}")
+    size, wanted = pack.stat().st_size if pack.is_file() else 0, index.offsets[-1] + index.bytes[-1]
     if size != wanted:
-        raise FormatError(f"{pack} has {size} bytes, its index says {wanted}; delete the window and pack again")
+        raise FormatError(f"{pack} has {size} bytes, its index says {wanted}; delete {path}, and {_AGAIN}")
     return index
+
+
+def has_window(folder: Path, window: int) -> bool:
+    """Whether the window is finished: its index and all of its files are there; the log says what is damaged."""
+    path = folder / window_name(window, "json")
+    if not path.is_file():
+        return False
+    try:
+        index = read_pack_index(folder, window)
+        beside = {"residents.npy": index.residents_xxh3, "pages.npy": index.pages_xxh3, "wrap.npy": index.wrap_xxh3}
+        for suffix, xxh3 in beside.items():
+            if xxh3:
+                read_npy(folder / window_name(window, suffix), xxh3, _AGAIN)
+    except FormatError as error:
+        logger.warning("a window is packed anew: %s", error)
+        return False
+    return True
+
+
+def page_sums(data: memoryview) -> NDArray[np.uint64]:
+    """xxh3-64 of every page of some whole pages."""
+    pages = (data[at : at + PAGE] for at in range(0, len(data), PAGE))
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, pages), np.uint64, len(data) // PAGE)
+
+
+def read_residents(folder: Path, index: PackIndex) -> NDArray[np.int64]:
+    """Node id per slot at the window's start, device slots first, -1 where empty; FormatError where damaged."""
+    return _read_beside(folder, index.window, "residents.npy", index.residents_xxh3)
+
+
+def read_pages(folder: Path, index: PackIndex) -> NDArray[np.uint64]:
+    """Checksums of the pages of the shared segment; FormatError where damaged."""
+    return _read_beside(folder, index.window, "pages.npy", index.pages_xxh3)
+
+
+def read_wrap(folder: Path, index: PackIndex) -> NDArray[np.int32]:
+    """Moves after the last item of a cycle, int32 [2, n]; FormatError where they are missing or damaged."""
+    return _read_beside(folder, index.window, "wrap.npy", index.wrap_xxh3)
+
+
+def _read_beside(folder: Path, window: int, suffix: str, xxh3: str) -> NDArray[Any]:
+    try:
+        return read_npy(folder / window_name(window, suffix), xxh3, "pack it again")
+    except FormatError as error:
+        raise withdraw_window(folder, window, str(error).removesuffix("; pack it again")) from error
 
 
 def write_packset(folder: Path, meta: PackSetMeta) -> None:
@@ -261,15 +326,25 @@ def publish_packset(folder: Path, meta: PackSetMeta) -> None:
 
 def open_packset(folder: Path) -> PackSetMeta:
     """Read what the windows share; FormatError where the folder is no pack set of a version this release reads."""
-    value = read_json(folder / "packset.json")
+    value = read_json(folder / "packset.json", f"delete {folder}, and {_AGAIN}", keys=("format", "version", "meta"))
     if value.get("format") != FORMAT or value.get("version") not in VERSIONS:
-        raise FormatError(f"{folder} holds {value.get('format')!r} version {value.get('version')!r}; pack again")
+        raise FormatError(
+            f"{folder} holds {value.get('format')!r} version {value.get('version')!r}, this release reads "
+            f"{list(VERSIONS)}; delete the folder, and {_AGAIN}"
+        )
     try:
         return PackSetMeta(**value["meta"])
     except (TypeError, KeyError) as error:
-        raise FormatError(f"{folder}/packset.json is malformed ({error}); pack again") from error
+        raise FormatError(f"{folder}/packset.json is malformed ({error}); delete the folder, and {_AGAIN}") from error
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every window of a `reuse` pack set is there."""
-    return (folder / MANIFEST).is_file() and read_manifest(folder, FORMAT, VERSIONS) is not None
+    """Whether a `reuse` pack set is published and every window of it is there, each of its files whole."""
+    try:
+        if read_manifest(folder, FORMAT, VERSIONS).meta != asdict(open_packset(folder)):
+            return False  # one of the two is of another set; who packs compares both with the plan
+    except FormatError as error:
+        if is_published(folder):
+            logger.warning("packs are published anew: %s", error)
+        return False
+    return all(has_window(folder, window) for window in range(open_packset(folder).num_windows))

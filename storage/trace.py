@@ -19,6 +19,7 @@ trainer needs of an item; the packer copies it into the item's extent byte for b
 Letters: L layers, B seeds, M input nodes of the item, E edges of the block, C classes of a multi-label task.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,14 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.deal import Deal
 from penstock.storage.errors import FormatError
-from penstock.storage.manifest import Manifest, read_json, read_manifest, write_manifest
+from penstock.storage.manifest import Manifest, checksum_file, is_published, read_json, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "penstock/trace"
-VERSIONS = (1,)
+VERSIONS = (1, 2)  # of the folder; from 2 on an index has checksums of payloads
 PAYLOAD_VERSIONS = (1, 2)  # 2 only with self-loops or draws by weight, so that others keep their bytes
 MAGIC = 0x4D455449_4B4E4550  # "PENKITEM" as little-endian bytes
 _HEAD, _LAYER, _ALIGN = 12, 4, 64
@@ -180,12 +184,14 @@ def read_input_ids(fd: int, offset: int) -> NDArray[Any]:
     """Read only the input node ids of the payload at `offset` of an open file; no page of it stays mapped."""
     head = np.frombuffer(os.pread(fd, 8 * _HEAD, offset), "<i8")
     if len(head) < _HEAD or head[0] != MAGIC or head[1] not in PAYLOAD_VERSIONS:
-        raise FormatError(f"no item payload of a version this release reads at byte {offset}; sample again")
-    id_bytes = int(head[8])
+        raise FormatError(f"no item payload of a version this release reads at byte {offset}")
+    num_ids, id_bytes = int(head[7]), int(head[8])
     start = offset + align(8 * (_HEAD + _LAYER * int(head[5])))
-    ids = np.frombuffer(os.pread(fd, int(head[7]) * id_bytes, start), f"<i{id_bytes}")
-    if len(ids) != head[7]:
-        raise FormatError(f"the item payload at byte {offset} is cut: {len(ids)} of {head[7]} input ids; sample again")
+    if id_bytes not in (4, 8) or num_ids < 0 or start < 0:
+        raise FormatError(f"the item payload at byte {offset} has {num_ids} ids of {id_bytes} bytes")
+    ids = np.frombuffer(os.pread(fd, num_ids * id_bytes, start), f"<i{id_bytes}")
+    if len(ids) != num_ids:
+        raise FormatError(f"the item payload at byte {offset} is cut: {len(ids)} of {num_ids} input ids")
     return ids
 
 
@@ -253,7 +259,11 @@ class TraceMeta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowIndex:
-    """Where the payloads of a window lie: `offsets` and `bytes` per item, in `window-NNNNNN.trace`."""
+    """Where the payloads of a window lie: `offsets` and `bytes` per item, in `window-NNNNNN.trace`.
+
+    `xxh3` is of the whole file, `payload_xxh3` of each payload, `ids_xxh3` of the input ids in it, which are also read
+    alone; in windows of version 1 the last two are empty.
+    """
 
     window: int
     first_item: int
@@ -262,6 +272,8 @@ class WindowIndex:
     num_inputs: tuple[int, ...]
     num_edges: tuple[int, ...]
     xxh3: str
+    payload_xxh3: tuple[str, ...] = ()
+    ids_xxh3: tuple[str, ...] = ()
 
 
 def window_name(window: int, suffix: str) -> str:
@@ -269,34 +281,70 @@ def window_name(window: int, suffix: str) -> str:
     return f"window-{window:06d}.{suffix}"
 
 
+def withdraw_window(folder: Path, window: int, what: str) -> FormatError:
+    """Take a damaged window of a trace or a pack set back, so that the step that writes it does so again.
+
+    Returns the error to raise. Without its index a window is not there.
+    """
+    index = folder / window_name(window, "json")
+    try:
+        index.unlink(missing_ok=True)
+    except OSError:
+        return FormatError(f"{what}; the disk damaged it: delete {index} and run the same command again")
+    return FormatError(f"{what}; the disk damaged it: run the same command again, it makes the window anew")
+
+
 def read_window_index(folder: Path, window: int) -> WindowIndex:
     """Read the index of a finished window; FormatError where the window is not there or its file has another size."""
-    pairs = read_json(folder / window_name(window, "json")).items()
+    path, data = folder / window_name(window, "json"), folder / window_name(window, "trace")
+    remedy = f"delete {path} and run the same command again"
+    pairs = read_json(path, remedy).items()
     value: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in pairs}
     try:
         index = WindowIndex(**value)
     except TypeError as error:
-        raise FormatError(f"{folder / window_name(window, 'json')} is malformed ({error})") from error
-    size = (folder / window_name(window, "trace")).stat().st_size
+        raise FormatError(f"{path} is malformed ({error}); {remedy}") from error
+    if index.window != window:
+        raise FormatError(f"{path} is the index of window {index.window}; {remedy}")
+    size = data.stat().st_size if data.is_file() else 0
     if size < index.offsets[-1] + index.bytes[-1]:
-        raise FormatError(f"{folder / window_name(window, 'trace')} is truncated: {size} bytes; sample again")
+        raise FormatError(f"{data} is truncated or missing: {size} bytes; {remedy}")
     return index
 
 
+def has_window(folder: Path, window: int) -> bool:
+    """Whether the window is finished: its index and its payloads are there; the log says what is damaged."""
+    if not (folder / window_name(window, "json")).is_file():
+        return False
+    try:
+        read_window_index(folder, window)
+    except FormatError as error:
+        logger.warning("a window is made anew: %s", error)
+        return False
+    return True
+
+
 class TraceWindow:
-    """A finished window of a trace, memory-mapped."""
+    """A finished window of a trace, memory-mapped. Payloads are verified when they are asked for."""
 
     def __init__(self, folder: Path, index: WindowIndex) -> None:
-        self.index = index
+        self.index, self._folder = index, folder
         self._data: NDArray[np.uint8] = np.memmap(folder / window_name(index.window, "trace"), np.uint8, mode="r")
+        if not index.payload_xxh3:
+            verify_whole_window(folder, index)
 
     def __len__(self) -> int:
         return len(self.index.offsets)
 
     def payload(self, position: int) -> NDArray[np.uint8]:
-        """Bytes of the window's n-th item."""
+        """Bytes of the window's n-th item; FormatError where they are damaged."""
         offset = self.index.offsets[position]
-        return self._data[offset : offset + self.index.bytes[position]]
+        data = self._data[offset : offset + self.index.bytes[position]]
+        if self.index.payload_xxh3 and xxhash.xxh3_64_hexdigest(data.data) != self.index.payload_xxh3[position]:
+            item = self.index.first_item + position
+            path = self._folder / window_name(self.index.window, "trace")
+            raise withdraw_window(self._folder, self.index.window, f"{path}: item {item} has another checksum")
+        return data
 
     def item(self, position: int) -> Item:
         """The window's n-th item, as views."""
@@ -306,6 +354,14 @@ class TraceWindow:
     def items(self) -> tuple[Item, ...]:
         """All items, as views."""
         return tuple(self.item(n) for n in range(len(self)))
+
+
+def verify_whole_window(folder: Path, index: WindowIndex) -> None:
+    """Compare a window's file with the checksum in its index; FormatError where they differ."""
+    path = folder / window_name(index.window, "trace")
+    if (found := checksum_file(path)) != index.xxh3:
+        what = f"{path} has checksum {found}, its index says {index.xxh3}"
+        raise withdraw_window(folder, index.window, what)
 
 
 class Trace:
@@ -331,6 +387,18 @@ def publish_trace(path: Path, meta: TraceMeta) -> Trace:
     """Write the manifest, after all windows."""
     write_manifest(path, Manifest(format=FORMAT, version=VERSIONS[-1], meta=meta.to_json(), files=()))
     return Trace(path, meta)
+
+
+def is_complete(folder: Path, meta: TraceMeta) -> bool:
+    """Whether the trace is published and all of its windows are there."""
+    if not is_published(folder):
+        return False
+    try:
+        open_trace(folder)
+    except FormatError as error:
+        logger.warning("a trace is published anew: %s", error)
+        return False
+    return all(has_window(folder, window) for window in range(meta.num_windows))
 
 
 def open_trace(path: Path | str) -> Trace:

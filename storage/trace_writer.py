@@ -2,7 +2,7 @@
 
 `trace.json` says what is being sampled and is written before the first window. A window's payloads go to
 `.window-NNNNNN.trace.tmp`, each from a page on; when all are there the file is synced and renamed, then its index is
-written: a window is finished when its index exists. The manifest comes after the last window.
+written: a window is finished when its index exists and says what is there. The manifest comes after the last window.
 """
 
 import os
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from penstock.storage.directio import PAGE, page_up
 from penstock.storage.errors import DataError, FormatError, full_disk_is_clear
-from penstock.storage.manifest import checksum_file, fsync_folder, read_json, write_json
+from penstock.storage.manifest import fsync_folder, read_json, write_json
 from penstock.storage.trace import FORMAT, VERSIONS, TraceMeta, WindowIndex, decode_item, window_name
 
 _HEAD = "trace.json"
@@ -38,6 +38,7 @@ class TraceWindowWriter:
         self._digest = xxhash.xxh3_64()
         self._at = 0
         self._sizes: list[tuple[int, int, int, int]] = []
+        self._sums: list[tuple[str, str]] = []
         self.index: WindowIndex | None = None
 
     def __enter__(self) -> "TraceWindowWriter":
@@ -52,6 +53,7 @@ class TraceWindowWriter:
         assert item.index == expected < self._stop, f"item {item.index} came where {expected} was due"
         num_edges = sum(len(block.indices) for block in item.blocks)
         self._sizes.append((self._at, len(payload), len(item.input_ids), num_edges))
+        self._sums.append((xxhash.xxh3_64_hexdigest(payload.data), xxhash.xxh3_64_hexdigest(item.input_ids.data)))
         self._write(payload.data)
         self._write(memoryview(_PADDING)[: page_up(len(payload)) - len(payload)])
 
@@ -79,6 +81,7 @@ class TraceWindowWriter:
         os.replace(self._temporary, self._path)
         fsync_folder(self._folder)
         offsets, sizes, num_inputs, num_edges = zip(*self._sizes, strict=True)
+        payload_xxh3, ids_xxh3 = zip(*self._sums, strict=True)
         self.index = WindowIndex(
             window=self._window,
             first_item=self._first,
@@ -87,21 +90,10 @@ class TraceWindowWriter:
             num_inputs=num_inputs,
             num_edges=num_edges,
             xxh3=str(self._digest.hexdigest()),
+            payload_xxh3=payload_xxh3,
+            ids_xxh3=ids_xxh3,
         )
         write_json(self._folder / window_name(self._window, "json"), asdict(self.index))
-
-
-def has_window(folder: Path, window: int) -> bool:
-    """Whether the window is finished."""
-    return (folder / window_name(window, "json")).is_file()
-
-
-def validate_window(folder: Path, index: WindowIndex) -> None:
-    """Compare a window's bytes with the checksum in its index; FormatError where they differ."""
-    path = folder / window_name(index.window, "trace")
-    found = checksum_file(path)
-    if found != index.xxh3:
-        raise FormatError(f"{path} has checksum {found}, its index says {index.xxh3}; delete it and sample again")
 
 
 def _differing(old: TraceMeta, new: TraceMeta) -> list[str]:

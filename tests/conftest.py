@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from penstock.storage.pack import (
     PackSetMeta,
     encode_extent_head,
     layout_extent,
+    page_sums,
     publish_packset,
+    read_pack_index,
     trace_digest,
     write_pack_index,
     write_packset,
@@ -145,7 +148,8 @@ class HandPacker:
             at = {int(node): slot for slot, node in enumerate(self.host) if node >= 0}
             wrap = [(at[int(node)], slot) for slot, node in enumerate(first) if node >= 0]
             last = (len(self.items) - 1) // self.window_items
-            write_npy(self.folder / window_name(last, "wrap.npy"), np.array(wrap, np.int32).reshape(-1, 2).T)
+            moves = write_npy(self.folder / window_name(last, "wrap.npy"), np.array(wrap, np.int32).reshape(-1, 2).T)
+            write_pack_index(self.folder, replace(read_pack_index(self.folder, last), wrap_xxh3=moves.xxh3))
         write_packset(self.folder, self.meta())
         publish_packset(self.folder, self.meta())
         return self.meta()
@@ -169,7 +173,7 @@ class HandPacker:
     def write_window(self, lo: int, hi: int) -> None:
         window = lo // self.window_items
         device = np.arange(self.device_slots)
-        write_npy(self.folder / window_name(window, "residents.npy"), np.concatenate([device, self.host]))
+        residents = write_npy(self.folder / window_name(window, "residents.npy"), np.concatenate([device, self.host]))
         plans = [self.plan(number) for number in range(lo, hi)]
         counts = np.bincount(np.concatenate([missing for _, missing, _, _ in plans]), minlength=self.graph.num_nodes)
         common = np.flatnonzero(counts > 1) if self.shared else np.empty(0, np.int64)
@@ -186,8 +190,12 @@ class HandPacker:
             max_inputs=max(len(self.items[number].input_ids) for number in range(lo, hi)),
             xxh3=tuple(xxhash.xxh3_64_hexdigest(extent) for extent in extents),
             shared_bytes=len(segment),
-            shared_xxh3=xxhash.xxh3_64_hexdigest(segment),
+            residents_xxh3=residents.xxh3,
+            pages_xxh3="",
         )
+        if segment:
+            pages = write_npy(self.folder / window_name(window, "pages.npy"), page_sums(memoryview(segment)))
+            index = replace(index, pages_xxh3=pages.xxh3)
         write_pack_index(self.folder, index)
 
     def extent(

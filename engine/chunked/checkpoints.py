@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.checkpoint import list_checkpoints, read_intact
+from penstock.engine.checkpoint import list_checkpoints, read_intact, require_step
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import checksum_file, fsync_folder, read_json, write_json
 
@@ -62,9 +62,10 @@ def publish_checkpoint(
 
 def read_checkpoint(path: Path) -> ChunkedCheckpoint:
     """Check one checkpoint; FormatError where a file is missing or differs."""
-    value = read_json(path / "state.json")
+    value = read_json(path / "state.json", f"delete {path}", keys=("format", "version"))
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
         raise FormatError(f"{path}/state.json is no {FORMAT} of version {VERSION}; use the release that wrote it")
+    require_step(path, value["epoch"])
     for name, entry in value["files"].items():
         file = path / name
         if "/" in name or not file.is_file() or file.stat().st_size != entry["bytes"]:

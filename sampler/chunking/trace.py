@@ -16,7 +16,6 @@ from penstock.sampler.items import read_labels
 from penstock.storage.chunks import Chunk, ChunkStore, PartChunks
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphStore, id_dtype
-from penstock.storage.manifest import is_published
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import (
     BlockArrays,
@@ -24,11 +23,13 @@ from penstock.storage.trace import (
     Trace,
     TraceMeta,
     encode_item,
+    has_window,
+    is_complete,
     open_trace,
     payload_bytes,
     publish_trace,
 )
-from penstock.storage.trace_writer import TraceWindowWriter, begin_trace, has_window
+from penstock.storage.trace_writer import TraceWindowWriter, begin_trace
 
 _WINDOW_ITEMS = 64  # as for sampled traces
 
@@ -114,7 +115,7 @@ def write_chunk_trace(
     meta = _trace_meta(graph, chunks, pieces, sequence, halo)
     _check_memory(graph, pieces, halo, host_memory)
     begin_trace(out, meta)
-    if is_published(out):
+    if is_complete(out, meta):
         return open_trace(out)
     loads = [chunk for epoch in sequence for chunk in epoch]
     for window in range(meta.num_windows):

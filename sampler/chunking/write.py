@@ -20,9 +20,17 @@ from penstock.sampler.chunking.part_writer import PartWriter
 from penstock.sampler.chunking.partition import partition
 from penstock.sampler.chunking.pieces import Pieces, find_readers, lay_slabs, link_piece, number_pieces
 from penstock.storage.chunks import ChunkMeta, ChunkStore, chunk_manifest, open_chunks, part_folder
-from penstock.storage.errors import DataError
+from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import GraphStore
-from penstock.storage.manifest import FileEntry, fsync_folder, is_published, read_json, write_json, write_manifest
+from penstock.storage.manifest import (
+    MANIFEST,
+    FileEntry,
+    fsync_folder,
+    is_published,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from penstock.storage.progress import Progress, silent
 from penstock.storage.resumable import differing_keys
 
@@ -55,8 +63,7 @@ def _identity(graph: GraphStore, config: PartitionConfig, assignment: Assignment
 
 def _begin(out: Path, identity: dict[str, Any]) -> ChunkStore | None:
     """Return the finished folder, or make an empty one of ours; DataError where something else is there."""
-    if is_published(out):
-        there = read_json(out / _IDENTITY) if (out / _IDENTITY).is_file() else {}
+    if is_published(out) and (there := _built_from(out)) is not None:
         if differing := differing_keys(there, identity):
             raise DataError(
                 f"{out} holds chunks built otherwise: {'; '.join(differing[:5])}; "
@@ -70,6 +77,20 @@ def _begin(out: Path, identity: dict[str, Any]) -> ChunkStore | None:
     write_json(out / _IDENTITY, identity)
     _clear(out)
     return None
+
+
+def _built_from(out: Path) -> Any:
+    """The identity of a finished folder; None, and then it is one no more, where a file is missing or damaged."""
+    if not (out / _IDENTITY).is_file():
+        return {}  # nothing of ours, or the mark is lost: not to be written over
+    try:
+        open_chunks(out)
+        return read_json(out / _IDENTITY)
+    except FormatError as error:
+        logger.warning("the graph is cut anew: %s", error)
+        write_json(out / _IDENTITY, {})  # the mark that the folder is ours
+        (out / MANIFEST).unlink()
+        return None
 
 
 def _clear(out: Path) -> None:

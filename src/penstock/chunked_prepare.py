@@ -78,7 +78,7 @@ def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
         return config
     path = run.path / _CHOICE
     value = read_json(path) if path.is_file() else {}
-    if value.get("devices") != config.devices:
+    if value.get("devices") != config.devices or not {"stages", "parts"} <= set(value):
         choice = choose_ranks(run, model, lambda parts: cut_graph(run, parts))
         value = {"devices": config.devices, "stages": choice.stages, "parts": choice.parts}
         write_json(path, value)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from penstock.engine.infer import infer_to_parquet
 from penstock.engine.modelfile import load_model
 from penstock.engine.outputs import Outputs
 from penstock.locations import local_dataset, local_output, local_run
+from penstock.report import read_config
 from penstock.storage.budget import available_memory, num_threads
 from penstock.storage.errors import DataError
 from penstock.storage.graph import Split, open_graph
@@ -46,7 +45,7 @@ def infer(
     if not (run_dir / "model" / "model.json").is_file():
         raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config = read_config(run_dir / "config.yaml")
     given, dataset = dataset, dataset or (config.get("remote") or {}).get("dataset") or Path(config["dataset"])
     graph = open_graph(local_dataset(dataset, stage_dir, progress=progress))
     made_of = trained.extra.get("graph", graph.fingerprint)

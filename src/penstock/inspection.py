@@ -6,22 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import xxhash
-import yaml
-
 from penstock.display import print_table, progress
 from penstock.locations import local_dataset, local_run, seal_dataset
+from penstock.report import read_config
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
-from penstock.storage.directio import DirectFile, aligned_buffer
-from penstock.storage.errors import DataError, FormatError
+from penstock.storage.errors import DataError
 from penstock.storage.graph import SPLITS, open_graph
 from penstock.storage.manifest import MANIFEST, near_miss, read_json
-from penstock.storage.pack import has_window, open_packset, read_pack_index
+from penstock.storage.pack import open_packset
 from penstock.storage.remote.config import is_uri
 from penstock.storage.remote.files import open_remote
-from penstock.storage.trace import open_trace, window_name
-from penstock.storage.trace_writer import validate_window
+from penstock.storage.trace import open_trace
+from penstock.validation import validate_pack_window, validate_run, validate_trace_window
 
 Description = dict[str, Any]
 
@@ -54,7 +51,7 @@ def describe_trace(path: Path, *, validate: bool) -> Description:
     trace = open_trace(path)
     indexes = [window.index for window in trace.windows()]
     for index in indexes if validate else ():
-        validate_window(path, index)
+        validate_trace_window(path, index)
     return {
         "kind": "trace",
         **asdict(trace.meta),
@@ -67,29 +64,18 @@ def describe_trace(path: Path, *, validate: bool) -> Description:
     }
 
 
-def _check_extents(path: Path, window: int) -> None:
-    index = read_pack_index(path, window)
-    buffer = aligned_buffer(max(index.bytes))
-    with DirectFile(path / window_name(window, "pack"), "read") as file:
-        for offset, num_bytes, wanted in zip(index.offsets, index.bytes, index.xxh3, strict=True):
-            file.read_into(buffer, offset, num_bytes)
-            if xxhash.xxh3_64_hexdigest(buffer[:num_bytes].tobytes()) != wanted:
-                raise FormatError(f"{file.path}: the extent at {offset} differs from its checksum; delete the packs")
-
-
 def describe_packs(path: Path, *, validate: bool) -> Description:
-    """A pack set: slots, rows, bytes of the windows that are there."""
+    """A pack set: slots, rows, bytes of the windows that are there; `validate` reads all bytes."""
     meta = open_packset(path)
     windows = sorted(int(file.stem.split("-")[1]) for file in path.glob("window-*.json"))
     for window in windows if validate else ():
-        _check_extents(path, window)
-    sizes = [(path / window_name(window, "pack")).stat().st_size for window in windows if has_window(path, window)]
+        validate_pack_window(path, window)
     return {
         "kind": "pack set",
         **asdict(meta),
         "windows": f"{len(windows)} of {meta.num_windows}",
-        "pack_bytes": sum(sizes),
-        "complete": (path / MANIFEST).is_file(),
+        "pack_bytes": sum(file.stat().st_size for file in path.glob("window-*.pack")),
+        "complete": (path / MANIFEST).is_file() and len(windows) == meta.num_windows,
         "validated": validate,
     }
 
@@ -111,11 +97,11 @@ def describe_chunks(path: Path, *, validate: bool) -> Description:
 
 
 def describe_run(path: Path, *, validate: bool) -> Description:
-    """A run folder: its result, and its packs where they are."""
-    config = yaml.safe_load((path / "config.yaml").read_text())
+    """A run folder: its result, and its packs where they are; `validate` reads every file of it."""
+    config = read_config(path / "config.yaml")
     result = read_json(path / "result.json") if (path / "result.json").is_file() else {"status": "not finished"}
     checkpoints = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
-    packs = describe_packs(path / "packs", validate=validate) if (path / "packs" / "packset.json").is_file() else {}
+    packs = sorted(file.parent for file in path.rglob("packset.json"))
     return {
         "kind": "run",
         "mode": config.get("mode", "sampled"),
@@ -123,9 +109,15 @@ def describe_run(path: Path, *, validate: bool) -> Description:
         "dataset": config["dataset"],
         "metrics": result.get("metrics", {}),
         "checkpoints": checkpoints,
-        "pack_bytes": packs.get("pack_bytes", 0),
-        "windows": packs.get("windows", "none"),
+        "pack_bytes": sum(file.stat().st_size for folder in packs for file in folder.glob("window-*.pack")),
+        "pack_sets": {str(folder.relative_to(path)): _windows(folder) for folder in packs},
+        **(validate_run(path) if validate else {}),
+        "validated": validate,
     }
+
+
+def _windows(packs: Path) -> str:
+    return f"{len(list(packs.glob('window-*.json')))} of {open_packset(packs).num_windows} windows"
 
 
 def describe(path: Path, *, validate: bool = False) -> Description:

@@ -7,6 +7,7 @@ A split's folder is made of a graph and of how it is sampled: of another it is m
 packs stay where they fit, all else is planned again; the items are the same.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,13 @@ from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.storage.budget import Budgets, format_bytes
 from penstock.storage.deal import Deal
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import Split
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import is_complete
 from penstock.storage.trace import Trace
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE_MEMORY_SHARE = 0.5  # sampling holds windows and scratch tables; the topology itself is mapped
 
@@ -110,7 +113,8 @@ def train_budgets(run: Run) -> Budgets:
 
 def read_summary(run: Run, split: Split) -> PlanSummary:
     """The summary of a split that has been planned."""
-    value = read_json(run.path / split / "plan.json")
+    value = read_json(run.path / split / "plan.json", keys=("disk_rates",))
+    value.pop("split", None)
     return PlanSummary(**{**value, "disk_rates": DiskRates(**value["disk_rates"])})
 
 
@@ -175,7 +179,7 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
         progress=run.progress,
     )
     assert plan.summary is not None, "only the windows of a rolling producer have no summary"
-    write_json(folder / "plan.json", asdict(plan.summary))
+    write_json(folder / "plan.json", {**asdict(plan.summary), "split": split})
     return trace, plan
 
 
@@ -211,7 +215,17 @@ def does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
 def _is_planned(folder: Path) -> bool:
     """Whether the packs are complete, or are to be rolled out while training reads."""
     plan = folder / "plan.json"
-    return is_complete(folder / "packs") or (plan.is_file() and read_json(plan)["mode"] == "rolling")
+    if not plan.is_file():
+        return False
+    try:
+        value = read_json(plan, keys=("mode",))
+    except FormatError as error:
+        logger.warning("planned anew: %s", error)
+        return False
+    if value.get("split", folder.name) != folder.name:
+        logger.warning("planned anew: %s is of the %s split", plan, value["split"])
+        return False
+    return value["mode"] == "rolling" or is_complete(folder / "packs")
 
 
 def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Plan]]:

@@ -14,8 +14,8 @@ from penstock.exit_codes import exit_code
 from penstock.locations import publish_file
 from penstock.machine import hardware, versions
 from penstock.storage.budget import peak_rss_bytes
-from penstock.storage.errors import DataError, DoesNotFit
-from penstock.storage.manifest import write_atomic, write_json
+from penstock.storage.errors import DataError, DoesNotFit, FormatError
+from penstock.storage.manifest import read_text, write_atomic, write_json, write_text
 from penstock.storage.redaction import redact, refuse_secrets
 from penstock.storage.remote.config import is_uri
 from penstock.storage.remote.files import RemoteError
@@ -90,14 +90,32 @@ def write_config(path: Path, config: RunConfig, graph: str) -> None:
     holds a secret."""
     value = config.model_dump(mode="json")
     refuse_secrets(value)
-    write_atomic(path, f"# graph: {graph}\n{yaml.safe_dump(value, sort_keys=False)}".encode())
+    write_text(path, f"# graph: {graph}\n{yaml.safe_dump(value, sort_keys=False)}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read what `write_config` has written, or a person; FormatError where it is damaged."""
+    remedy = "delete it and run the same command again, which writes it anew"
+    try:
+        value = yaml.safe_load(read_text(path, remedy))
+    except yaml.YAMLError as error:
+        raise FormatError(f"{path} is no YAML ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}, wanted a mapping of keys; {remedy}")
+    return value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; empty where there is none."""
+    """Read `metrics.jsonl`; empty where there is none, and without lines that are damaged: nothing depends on it."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")):
+        try:
+            found += [json.loads(line)] if line else []
+        except ValueError as error:
+            logger.warning("%s, line %d is damaged and left out: %s", path, number + 1, error)
+    return found
 
 
 def draw_curves(metrics: Path, out: Path) -> None:

@@ -135,7 +135,15 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
     was free when the run began, which is not what is free now, and a resumed run must plan the same.
     """
     path = config.run_dir / _MACHINE
-    there = read_json(path) if path.is_file() else {}
+    there = (
+        read_json(
+            path,
+            "delete it and run the same command again: what was left open is measured anew",
+            keys=("disk_rates",),
+        )
+        if path.is_file()
+        else {}
+    )
     found: dict[str, int] = there.get("found", {})  # budgets that nobody gave
     given, device = config.budgets, torch.device(config.train.device)
     device_bytes = found.get("device_bytes") if given.device_memory is None else given.device_memory

@@ -3,7 +3,7 @@
 A write encodes its rows into a transfer buffer and queues one transfer per run; a read fetches a reader's region in as
 few transfers as its mix of buffers allows. What is prefetched remembers how often each of its runs had been written:
 runs that were written since are read again, and runs that were known to be still due are copied over when they come,
-so prefetching changes no result.
+so prefetching changes no result. A run's checksum is kept in memory when it is written and compared when it is read.
 """
 
 from collections import deque
@@ -14,11 +14,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.budget import require_free_disk
 from penstock.storage.directio import DirectFile
-from penstock.storage.errors import full_disk_is_clear
+from penstock.storage.errors import FormatError, full_disk_is_clear
 from penstock.storage.history.layout import RunLayout
 from penstock.storage.history.store import check_size
 from penstock.storage.history.transfers import Buffers, IoThreads, Job, Piece
@@ -65,6 +66,7 @@ class DiskStore:
         self.layout, self.file, self.path, self._disk = layout, file, file.path, disk
         self.num_bytes = num_buffers * layout.buffer_bytes
         self._writes = np.zeros((num_buffers, layout.num_chunks), np.int64)  # of every writer's runs; 0: all zeros
+        self._sums = np.zeros((num_buffers, layout.num_chunks, layout.num_chunks), np.uint64)  # of every run
         self._requests: dict[int, Request] = {}
         require_free_disk(self.path.parent, self.num_bytes, f"the history {self.path.name}")
         if self.num_bytes:
@@ -82,10 +84,29 @@ class DiskStore:
             lo, hi = layout.send_offsets[writer, reader : reader + 2]
             values = rows[lo:hi] if which is None else rows.take(which[lo:hi], axis=0)
             layout.values.encode(values, self._values(run, writer, reader))
+            self._note(buffer, writer, reader, run)
             self._hand_over(buffer, writer, reader, run)
             pieces.append((self._offset(buffer, writer, reader), run))
             at += len(run)
         self._queue_write(pieces, memory)
+
+    def _note(self, buffer: int, writer: int, reader: int, run: NDArray[np.uint8]) -> None:
+        """Keep the checksum of a run that is about to be written."""
+        self._sums[buffer, writer, reader] = _sum(self._values(run, writer, reader))
+
+    def _verify(self, buffer: int, writer: int, reader: int, run: NDArray[np.uint8]) -> NDArray[Any]:
+        """The values of a run that was read; FormatError where they are not those that were written."""
+        values = self._values(run, writer, reader)
+        if self._writes[buffer, writer]:
+            damaged = _sum(values) != int(self._sums[buffer, writer, reader])
+        else:
+            damaged = bool(values.view(np.uint8).any())  # nothing was written: zeros
+        if damaged:
+            raise FormatError(
+                f"{self.path}: the rows that chunk {writer} left for chunk {reader} are not those that were written: "
+                "the disk damaged them; run the same command again, it goes on from the last checkpoint"
+            )
+        return values
 
     def _check(self) -> None:
         self._disk.io.check()
@@ -140,6 +161,8 @@ class DiskStore:
         self._writes[buffer] += 1
         memory = self._disk.buffers.take()
         memory[:] = byte
+        for writer, reader in np.argwhere(self.layout.sizes).tolist():
+            self._note(buffer, writer, reader, memory[: int(self.layout.padded[writer, reader])])
         step, start = min(len(memory), _PIECE_BYTES), buffer * self.layout.buffer_bytes
         cuts = range(0, self.layout.buffer_bytes, step)
         self._queue_write([(start + at, memory[: min(step, cuts.stop - at)]) for at in cuts], memory)
@@ -147,14 +170,16 @@ class DiskStore:
     def blend(self, source: int, target: int, shares: NDArray[np.float64]) -> None:
         """See `RunStore`."""
         self._check()
-        self._writes[target] += 1
         for reader in np.flatnonzero(self.layout.region_bytes).tolist():
             fresh, past = (self._read_region(buffer, reader) for buffer in (source, target))
             for writer in np.flatnonzero(self.layout.sizes[:, reader]).tolist():
-                one, other = (self._values(self._at(data, writer, reader), writer, reader) for data in (fresh, past))
+                runs = [(buffer, self._at(data, writer, reader)) for buffer, data in ((source, fresh), (target, past))]
+                one, other = (self._verify(buffer, writer, reader, run) for buffer, run in runs)
                 self.layout.values.blend(one, other, float(shares[writer]))
+                self._note(target, writer, reader, runs[1][1])
             self._disk.buffers.give(fresh)
             self._write_region(target, reader, past)
+        self._writes[target] += 1
 
     def snapshot(self, buffer: int) -> NDArray[Any]:
         """See `RunStore`: a mapped file without a name, which is gone when the array is."""
@@ -168,7 +193,7 @@ class DiskStore:
             for reader in np.flatnonzero(self.layout.region_bytes).tolist():
                 data = self._read_region(buffer, reader)
                 for writer in np.flatnonzero(self.layout.sizes[:, reader]).tolist():
-                    file.write(self._values(self._at(data, writer, reader), writer, reader).data)
+                    file.write(self._verify(buffer, writer, reader, self._at(data, writer, reader)).data)
                 self._disk.buffers.give(data)
             file.flush()
             return np.memmap(file, dtype, "r", shape=(num_values,))
@@ -183,6 +208,7 @@ class DiskStore:
             for writer in np.flatnonzero(self.layout.sizes[:, reader]).tolist():
                 run = self._values(self._at(data, writer, reader), writer, reader)
                 run[:] = stored[at : at + len(run)]
+                self._note(buffer, writer, reader, self._at(data, writer, reader))
                 at += len(run)
             self._write_region(buffer, reader, data)
 
@@ -210,8 +236,8 @@ class DiskStore:
             if request.buffers[writer] < 0:
                 part[:] = 0
             else:
-                run = self._values(self._place(request, writer), writer, reader)
-                self.layout.values.decode(run, part)
+                run = self._place(request, writer)
+                self.layout.values.decode(self._verify(int(request.buffers[writer]), writer, reader, run), part)
 
     def _drop(self, request: Request) -> None:
         """Give the buffer back, when nothing reads into it any more."""
@@ -277,6 +303,10 @@ class DiskStore:
         """A run without its padding."""
         used = int(self.layout.sizes[writer, reader]) * self.layout.row_bytes
         return run[:used].view(self.layout.values.array_dtype)
+
+
+def _sum(values: NDArray[Any]) -> int:
+    return xxhash.xxh3_64_intdigest(values.view(np.uint8).data)
 
 
 def _cut(start: int, end: int, memory: NDArray[np.uint8]) -> list[Piece]:

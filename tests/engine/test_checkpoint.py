@@ -18,6 +18,7 @@ from penstock.engine.checkpoint import (
     write_checkpoint,
 )
 from penstock.storage.errors import DoesNotFit, FormatError
+from penstock.storage.manifest import read_json, write_json
 
 
 def _write(folder: Path, step: int, keep: int = 3) -> Path:
@@ -99,7 +100,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
 
 def test_other_version_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, 1) / "state.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+    write_json(path, read_json(path) | {"version": 99})
     with pytest.raises(FormatError, match="99|version"):
         read_checkpoint(path.parent)
 

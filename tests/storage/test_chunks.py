@@ -1,6 +1,5 @@
-"""The chunk store: a golden folder of version 1 that must read forever, and damage of every kind."""
+"""The chunk store: golden folders of every version that must read forever, and damage of every kind."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,10 @@ from penstock.sampler.chunking.write import write_chunks
 from penstock.storage.chunks import ChunkStore, open_chunks, validate_chunks
 from penstock.storage.errors import FormatError
 from penstock.storage.graph import GraphStore
-from penstock.storage.manifest import write_manifest
+from penstock.storage.manifest import read_json, write_json, write_manifest
 
-GOLDEN = Path(__file__).parent / "golden" / "chunks_v1"
+OLD = Path(__file__).parent / "golden" / "chunks_v1"
+GOLDEN = OLD.with_name("chunks_v2")
 
 
 def build_golden(folder: Path, make_graph: Callable[..., GraphStore]) -> ChunkStore:
@@ -28,9 +28,10 @@ def build_golden(folder: Path, make_graph: Callable[..., GraphStore]) -> ChunkSt
     return write_chunks(graph, folder, config, host_memory=64 << 20, threads=1, assignment=(parts, chunks))
 
 
-def test_the_golden_store_reads() -> None:
-    store = open_chunks(GOLDEN)
-    validate_chunks(GOLDEN)
+@pytest.mark.parametrize("folder", [OLD, GOLDEN], ids=lambda folder: folder.name)
+def test_the_golden_stores_read(folder: Path) -> None:
+    store = open_chunks(folder)
+    validate_chunks(folder)
     meta = store.meta
     assert (meta.num_nodes, meta.num_edges, meta.num_chunks, meta.num_parts, meta.method) == (8, 11, 2, 2, "given")
     assert (meta.cut_edges, meta.part_cut_edges, meta.part_alpha, meta.balance) == (4, 6, 5 / 8, 1.0)
@@ -86,14 +87,13 @@ def test_missing_and_cut_files_are_found(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2 of penstock/chunks"),
+        ({"version": 3}, "has version 3 of penstock/chunks"),
         ({"format": "penstock/graph"}, "wanted 'penstock/chunks'"),
         ({"meta": {"graph": "00"}}, "chunk meta has keys"),
     ],
 )
 def test_other_manifests_are_refused(copy: Path, change: dict[str, Any], message: str) -> None:
-    value = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**value, **change}))
+    write_json(copy / "manifest.json", {**read_json(copy / "manifest.json"), **change})
     with pytest.raises(FormatError, match=message):
         open_chunks(copy)
 

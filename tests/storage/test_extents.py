@@ -16,6 +16,7 @@ from penstock.storage.extents import (
     wait_for_window,
 )
 from penstock.storage.graph import GraphStore
+from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import PackSetMeta, open_packset, read_pack_index
 from penstock.storage.rows import decode_rows
 from penstock.storage.tiers import place_rows
@@ -105,7 +106,7 @@ def test_an_extent_that_claims_another_item_is_refused(
 ) -> None:
     meta = write_hand_packs(tmp_path / "packs", tiny_graph, tiny_trace)
     path = tmp_path / "packs" / "window-000001.json"
-    path.write_text(path.read_text().replace('"first_item": 3', '"first_item": 2'))
+    write_json(path, read_json(path) | {"first_item": 2})
     with PackWindow(tmp_path / "packs", read_pack_index(tmp_path / "packs", 1)) as window:
         loaded = window.load(2, 2, Slot(meta.max_extent_bytes, limit=meta.max_extent_bytes))
         with pytest.raises(FormatError, match="extent of item 2 says it is item 3"):

@@ -1,6 +1,5 @@
 """The graph store: golden folders of every version that must read forever, and damage of every kind."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from penstock.storage.errors import FormatError
 from penstock.storage.graph import GraphStore, open_graph
 from penstock.storage.ingest import IngestOptions, ingest_parquet
+from penstock.storage.manifest import read_json, write_json
 
 OLD = Path(__file__).parent / "golden" / "graph_v1"
 GOLDEN = OLD.with_name("graph_v2")
@@ -61,9 +61,9 @@ def copy(tmp_path: Path) -> Path:
 
 
 def _change(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    value = json.loads((folder / "manifest.json").read_text())
+    value = read_json(folder / "manifest.json")
     change(value)
-    (folder / "manifest.json").write_text(json.dumps(value))
+    write_json(folder / "manifest.json", value)
 
 
 def test_unknown_meta_is_refused(copy: Path) -> None:

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ def _publish(folder: Path, **change: Any) -> Manifest:
     write_manifest(folder, manifest)
     if change:
         path = folder / "manifest.json"
-        value = json.loads(path.read_text())
-        path.write_text(json.dumps(value | change))
+        write_json(path, read_json(path) | change)
     return manifest
 
 

@@ -1,6 +1,5 @@
 """The pack format: what is written is read back, what is damaged is refused."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import FormatError
+from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import (
     ExtentHead,
     PackIndex,
@@ -57,7 +57,7 @@ INDEX = PackIndex(
     max_inputs=7,
     xxh3=("a", "b"),
     shared_bytes=0,
-    shared_xxh3="",
+    residents_xxh3="",
 )
 
 
@@ -125,15 +125,21 @@ def test_pack_sets_are_complete_when_published(tmp_path: Path) -> None:
     assert open_packset(tmp_path) == META and not is_complete(tmp_path)
     assert (META.num_windows, META.row_format.row_bytes) == (3, 10)
     publish_packset(tmp_path, META)
+    assert not is_complete(tmp_path)
+    for window in range(3):
+        (tmp_path / window_name(window, "pack")).write_bytes(bytes(2 * PAGE))
+        write_pack_index(tmp_path, replace(INDEX, window=window))
     assert is_complete(tmp_path)
+    (tmp_path / window_name(1, "json")).unlink()
+    assert not is_complete(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"format": "penstock/trace"}, {"meta": {"graph": "g"}}])
+@pytest.mark.parametrize("change", [{"version": 1}, {"format": "penstock/trace"}, {"meta": {"graph": "g"}}])
 def test_foreign_pack_sets_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     write_packset(tmp_path, META)
     path = tmp_path / "packset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(FormatError, match="pack again"):
+    write_json(path, read_json(path) | change)
+    with pytest.raises(FormatError, match="run the same command again"):
         open_packset(tmp_path)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.storage.errors import DataError, FormatError
+from penstock.storage.manifest import read_json, write_json
 from penstock.storage.trace import (
     BlockArrays,
     Item,
@@ -18,20 +19,21 @@ from penstock.storage.trace import (
     TraceWindow,
     decode_item,
     encode_item,
+    has_window,
     open_trace,
     payload_bytes,
     publish_trace,
     read_window_index,
+    verify_whole_window,
 )
 from penstock.storage.trace_writer import (
     TraceWindowWriter,
     begin_trace,
-    has_window,
     read_trace_head,
-    validate_window,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "trace_v1"
+OLD = Path(__file__).parent / "golden" / "trace_v1"
+GOLDEN = OLD.with_name("trace_v2")
 META = TraceMeta(
     graph="00ff",
     num_nodes=100,
@@ -155,18 +157,19 @@ def _write(folder: Path) -> None:
     publish_trace(folder, META)
 
 
-def test_traces_of_version_1_are_read_forever() -> None:
-    trace = open_trace(GOLDEN)
-    assert trace.meta == read_trace_head(GOLDEN) == META
+@pytest.mark.parametrize("folder", [OLD, GOLDEN], ids=lambda folder: folder.name)
+def test_traces_of_every_version_are_read_forever(folder: Path) -> None:
+    trace = open_trace(folder)
+    assert trace.meta == read_trace_head(folder) == META
     items = list(trace.items())
     assert len(items) == 3
     for index, item in enumerate(items):
         _assert_equal(item, _item(index))
     for window in range(2):
-        validate_window(GOLDEN, read_window_index(GOLDEN, window))
+        verify_whole_window(folder, read_window_index(folder, window))
 
 
-def test_the_writer_still_writes_version_1(tmp_path: Path) -> None:
+def test_the_writer_writes_the_golden_bytes(tmp_path: Path) -> None:
     _write(tmp_path / "t")
     assert {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()} == {
         p.name: p.read_bytes() for p in GOLDEN.iterdir()
@@ -196,10 +199,16 @@ def test_damaged_windows_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "t")
     index, path = read_window_index(tmp_path / "t", 0), tmp_path / "t" / "window-000000.trace"
     data = bytearray(path.read_bytes())
-    data[5000] ^= 1
+    data[4200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="has another checksum; the disk damaged it: run the same command again"):
+        open_trace(tmp_path / "t").window(0).payload(1)
+    assert not has_window(tmp_path / "t", 0) and has_window(tmp_path / "t", 1)
+    _write(tmp_path / "t")
     path.write_bytes(data)
     with pytest.raises(FormatError, match="checksum"):
-        validate_window(tmp_path / "t", index)
+        verify_whole_window(tmp_path / "t", index)
+    _write(tmp_path / "t")
     path.write_bytes(data[:4096])
     with pytest.raises(FormatError, match="truncated"):
         read_window_index(tmp_path / "t", 0)
@@ -219,14 +228,16 @@ def test_a_begun_trace_keeps_its_settings(tmp_path: Path) -> None:
     (tmp_path / "t" / "trace.json").write_text('{"format": "penstock/trace", "version": 1, "meta": {"fanouts": []}}')
     with pytest.raises(FormatError, match="malformed"):
         read_trace_head(tmp_path / "t")
-    (tmp_path / "t" / "trace.json").write_text('{"format": "penstock/trace", "version": 2, "meta": {}}')
-    with pytest.raises(FormatError, match="version 2"):
+    (tmp_path / "t" / "trace.json").write_text('{"format": "penstock/trace", "version": 3, "meta": {}}')
+    with pytest.raises(FormatError, match="version 3"):
         read_trace_head(tmp_path / "t")
 
 
 def test_manifests_with_other_keys_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "t")
     path = tmp_path / "t" / "manifest.json"
-    path.write_text(path.read_text().replace('"split"', '"spilt"'))
+    value = read_json(path)
+    value["meta"]["spilt"] = value["meta"].pop("split")
+    write_json(path, value)
     with pytest.raises(FormatError, match="malformed"):
         open_trace(tmp_path / "t")
