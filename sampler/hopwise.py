@@ -18,8 +18,8 @@ from penstock.kernels.compact import scatter_runs
 from penstock.kernels.parallel import parallel_for, split
 from penstock.kernels.seeds import hop_keys
 from penstock.sampler.draws import Scratch, Topology
-from penstock.sampler.footprint import item_bytes
-from penstock.sampler.items import check_edges, make_item
+from penstock.sampler.footprint import item_bytes, items_memory, needed_bytes, with_later_hops
+from penstock.sampler.items import TooLarge, check_edges, make_item, no_room
 from penstock.sampler.itemwise import make_numbering
 from penstock.sampler.numbering import Numbering
 from penstock.sampler.seeds import item_seeds
@@ -57,8 +57,10 @@ class _Frontier:
 class _Group:
     """Items that advance together."""
 
-    def __init__(self, graph: GraphStore, meta: TraceMeta, first: int, stop: int, numberings: list[Numbering]) -> None:
-        self._graph, self._meta, self._numberings = graph, meta, numberings
+    def __init__(
+        self, graph: GraphStore, meta: TraceMeta, first: int, stop: int, numberings: list[Numbering], limit: int
+    ) -> None:
+        self._graph, self._meta, self._numberings, self._limit = graph, meta, numberings, limit
         self._topology = Topology(graph, meta)
         self._scratches = [Scratch() for _ in numberings]
         self._items = []
@@ -152,10 +154,25 @@ class _Group:
         self._threads(partial(self._count, frontier, fanout), len(frontier.nodes))
         np.cumsum(frontier.offsets, out=frontier.offsets)
         num_edges = int(frontier.offsets[-1])
+        self._check_size(frontier)
         ids = np.empty(num_edges, self._topology.indices.dtype)
         values: _Values = {name: np.empty(num_edges, np.float32) for name in self._topology.edge_values}
         self._threads(partial(self._pick, frontier, fanout, ids, values), len(frontier.nodes))
         self._threads(partial(self._compact, frontier, ids, values), len(self._items))
+
+    def _check_size(self, frontier: _Frontier) -> None:
+        """TooLarge where the items, whose next edges are counted and not drawn yet, take more than the limit."""
+        graph, meta = self._graph, self._meta
+        edges = np.diff(frontier.offsets[frontier.bounds]).tolist()
+        total, largest = 0, (0, -1)
+        for item, num_edges in zip(self._items, edges, strict=True):
+            done = [(block.num_dst, len(block.indices)) for block in reversed(item.blocks)]
+            hops = [*done, (len(item.nodes), num_edges)]
+            total += needed_bytes(graph, meta, hops, table=True)
+            found = needed_bytes(graph, meta, with_later_hops(graph, meta, hops), table=False)
+            largest = max(largest, (found, item.index))
+        if total > self._limit:
+            raise TooLarge(largest[1], largest[0])
 
     def payloads(self) -> Iterator[NDArray[np.uint8]]:
         """Sample all hops, then yield the payloads in order; each holds until the next is asked for."""
@@ -174,13 +191,20 @@ def sample_hopwise(
     """Yield the payloads of items first..stop-1 in order, sampled in groups as large as the budget holds."""
     numberings = [make_numbering(graph, host_memory=host_memory, threads=threads) for _ in range(threads)]
     group_items = host_memory // 2 // item_bytes(graph, meta)
+    limit = items_memory(graph, host_memory, threads)
     lo = first
     while lo < stop:
         hi = min(lo + max(1, group_items), stop)
         largest = 0
-        for payload in _Group(graph, meta, lo, hi, numberings).payloads():
-            largest = max(largest, len(payload))
-            yield payload
+        try:
+            for payload in _Group(graph, meta, lo, hi, numberings, limit).payloads():
+                largest = max(largest, len(payload))
+                yield payload
+        except TooLarge as error:  # before the first payload
+            if hi - lo == 1:
+                raise no_room(error, host_memory) from None
+            group_items = (hi - lo) // 2
+            continue
         # The bound that the first group was sized by is several times what items take; now we have seen some.
         group_items = max(group_items, host_memory // 2 // (_GROUP_FACTOR * largest))
         lo = hi

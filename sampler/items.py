@@ -26,6 +26,25 @@ def check_edges(num_edges: int, index: int, hop: int) -> int:
     return num_edges
 
 
+class TooLarge(Exception):
+    """An item takes more memory than its share; `num_bytes` is enough for all of its hops. Nothing of it was drawn yet
+    at the hop that is too large."""
+
+    def __init__(self, index: int, num_bytes: int) -> None:
+        super().__init__(index, num_bytes)
+        self.index, self.num_bytes = index, num_bytes
+
+
+def no_room(found: TooLarge, host_memory: int) -> DoesNotFit:
+    """What to say where an item does not fit alone, in half of what tables leave, which is three quarters at least."""
+    needed = 8 * found.num_bytes // 3 + 4096
+    return DoesNotFit(
+        f"sampling item {found.index} takes up to {found.num_bytes} bytes, its nodes have so many neighbours; it got "
+        f"{host_memory} bytes of host memory, use {needed} or more, a smaller batch size or a fanout in place of -1",
+        host_bytes=needed,
+    )
+
+
 def read_labels(graph: GraphStore, seeds: NDArray[Any]) -> NDArray[Any]:
     """Labels of the seeds as payloads hold them: int32 [B], or uint8 [B, C]."""
     labels = graph.labels[seeds]

@@ -5,7 +5,7 @@ The fast mode where the topology, or the part of it that is read often, fits in 
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from penstock.kernels.seeds import hop_keys
 from penstock.sampler.draws import Scratch, Topology
-from penstock.sampler.footprint import num_workers, table_fits
-from penstock.sampler.items import check_edges, make_item
+from penstock.sampler.footprint import items_memory, needed_bytes, num_workers, table_fits, with_later_hops
+from penstock.sampler.items import TooLarge, check_edges, make_item, no_room
 from penstock.sampler.numbering import HashNumbering, Numbering, TableNumbering
 from penstock.sampler.seeds import item_seeds
 from penstock.storage.graph import GraphStore, id_dtype
@@ -23,10 +23,11 @@ from penstock.storage.trace import BlockArrays, Item, TraceMeta, encode_item, pa
 
 
 class ItemSampler:
-    """Samples one item after the other, in memory that it owns. Each thread has its own."""
+    """Samples one item after the other, in memory that it owns, at most `limit` bytes. Each thread has its own."""
 
-    def __init__(self, graph: GraphStore, meta: TraceMeta, numbering: Numbering) -> None:
-        self._graph, self._meta, self._numbering = graph, meta, numbering
+    def __init__(self, graph: GraphStore, meta: TraceMeta, numbering: Numbering, limit: int = 1 << 62) -> None:
+        self._graph, self._meta, self._numbering, self._limit = graph, meta, numbering, limit
+        self._hops: list[tuple[int, int]] = []
         self._topology = Topology(graph, meta)
         self._scratch = Scratch()
         self._nodes: NDArray[Any] = np.empty(0, id_dtype(graph.num_nodes))
@@ -39,8 +40,9 @@ class ItemSampler:
             self._nodes = nodes
 
     def sample(self, index: int, seeds: NDArray[Any]) -> Item:
-        """Draw item `index`; its arrays are views that hold until the next call."""
+        """Draw item `index`; its arrays are views that hold until the next call. TooLarge beyond the limit."""
         num_nodes = len(seeds)
+        self._hops.clear()
         self._reserve(0, num_nodes)
         self._nodes[:num_nodes] = seeds
         self._numbering.start(self._nodes, num_nodes)
@@ -59,6 +61,7 @@ class ItemSampler:
         slots = scratch.zeros("slots", num_dst, np.int32)
         draws = self._topology.count(self._nodes, slots, keys, num_dst, fanout, scratch)
         num_edges = check_edges(draws.num_edges, index, hop)
+        self._check_size(index, num_dst, num_edges)
         positions = self._topology.pick(draws, scratch)
         ids = scratch.take("ids", num_edges, self._topology.indices.dtype)
         self._topology.gather(positions, num_edges, ids)
@@ -81,6 +84,14 @@ class ItemSampler:
             **values,
         )
 
+    def _check_size(self, index: int, num_dst: int, num_edges: int) -> None:
+        """TooLarge where the hop, whose edges are counted and not drawn yet, takes the item beyond the limit."""
+        self._hops.append((num_dst, num_edges))
+        graph, meta, table = self._graph, self._meta, isinstance(self._numbering, TableNumbering)
+        if needed_bytes(graph, meta, self._hops, table=table) > self._limit:
+            self._numbering.clear(self._nodes, num_dst)
+            raise TooLarge(index, needed_bytes(graph, meta, with_later_hops(graph, meta, self._hops), table=False))
+
 
 def make_numbering(graph: GraphStore, *, host_memory: int, threads: int) -> Numbering:
     """Choose the table where `threads` of them fit the budget."""
@@ -94,22 +105,45 @@ def sample_itemwise(
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the payloads of items first..stop-1 in order; each holds until the next is asked for."""
     workers = min(num_workers(graph, meta, host_memory, threads), stop - first)
+    whole = items_memory(graph, host_memory, workers)
     samplers: SimpleQueue[ItemSampler] = SimpleQueue()
     buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-    for _ in range(workers):
-        samplers.put(ItemSampler(graph, meta, make_numbering(graph, host_memory=host_memory, threads=workers)))
+
+    def make_samplers() -> None:
+        for _ in range(workers):
+            numbering = make_numbering(graph, host_memory=host_memory, threads=workers)
+            samplers.put(ItemSampler(graph, meta, numbering, whole // workers))
+
+    make_samplers()
     for _ in range(workers + 1):  # one is with the consumer
         buffers.put(np.empty(0, np.uint8))
 
     def work(index: int) -> tuple[NDArray[np.uint8], int]:
         sampler = samplers.get_nowait()  # never more items in flight than workers
-        item = sampler.sample(index, item_seeds(graph, meta, index))
-        num_bytes, buffer = payload_bytes(item), buffers.get_nowait()
-        if num_bytes > len(buffer):
-            buffer = np.empty(num_bytes + num_bytes // 8, np.uint8)
-        encode_item(item, buffer)
-        samplers.put(sampler)
+        try:
+            item = sampler.sample(index, item_seeds(graph, meta, index))
+            num_bytes, buffer = payload_bytes(item), buffers.get_nowait()
+            if num_bytes > len(buffer):
+                buffer = np.empty(num_bytes + num_bytes // 8, np.uint8)
+            encode_item(item, buffer)
+        finally:
+            samplers.put(sampler)
         return buffer, num_bytes
+
+    def work_alone(index: int) -> NDArray[np.uint8]:
+        """Sample an item that a worker has no room for, while nobody works and none keeps memory but for payloads."""
+        for _ in range(workers):
+            samplers.get_nowait()
+        numbering = make_numbering(graph, host_memory=host_memory, threads=workers)
+        sampler = ItemSampler(graph, meta, numbering, whole if workers == 1 else whole // 2)
+        try:
+            item = sampler.sample(index, item_seeds(graph, meta, index))
+        except TooLarge as error:
+            raise no_room(error, host_memory) from None
+        buffer = np.empty(payload_bytes(item), np.uint8)
+        encode_item(item, buffer)
+        make_samplers()
+        return buffer
 
     item_seeds(graph, meta, first)  # the epoch's order is made once, not by every thread
     pending: deque[Future[tuple[NDArray[np.uint8], int]]] = deque()
@@ -121,10 +155,16 @@ def sample_itemwise(
                 if len(pending) == workers:
                     break
             while pending:
-                buffer, num_bytes = pending.popleft().result()
+                try:
+                    buffer, num_bytes = pending.popleft().result()
+                except TooLarge as error:
+                    wait(pending)
+                    yield work_alone(error.index)
+                    buffer, num_bytes = np.empty(0, np.uint8), 0
                 if (index := next(todo, -1)) >= 0:
                     pending.append(pool.submit(work, index))
-                yield buffer[:num_bytes]
+                if num_bytes:
+                    yield buffer[:num_bytes]
                 buffers.put(buffer)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -284,15 +284,18 @@ def produce_windows(
 
 
 def _sample(rolling: Rolling, out: Path, window: int) -> WindowIndex:
-    index = sample_window(
-        rolling.graph,
-        out / "traces",
-        rolling.sample,
-        rolling.trace,
-        window,
-        host_memory=rolling.memory,
-        threads=rolling.threads,
-    )
+    try:
+        index = sample_window(
+            rolling.graph,
+            out / "traces",
+            rolling.sample,
+            rolling.trace,
+            window,
+            host_memory=rolling.memory,
+            threads=rolling.threads,
+        )
+    except DoesNotFit as error:
+        raise _of_all(error) from error
     if max(index.num_inputs) > rolling.meta.max_inputs:
         _outgrown(rolling, out, index)
     return index

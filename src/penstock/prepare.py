@@ -88,19 +88,29 @@ def train_epochs(run: Run) -> int:
 
 
 def sample_split(run: Run, split: Split) -> Trace:
-    """Sample into `run/<split>/trace`."""
-    return sample_trace(
-        run.graph,
-        run.path / split / "trace",
-        sample_config(run.config, split),
-        split=split,
-        shuffle=split == "train",
-        num_epochs=train_epochs(run) if split == "train" else 1,
-        deal=deal_of(run, split),
-        host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
-        threads=run.threads,
-        progress=run.progress,
-    )
+    """Sample into `run/<split>/trace`. DoesNotFit has the `host_bytes` that the whole run needs."""
+    memory = int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE)
+    try:
+        return sample_trace(
+            run.graph,
+            run.path / split / "trace",
+            sample_config(run.config, split),
+            split=split,
+            shuffle=split == "train",
+            num_epochs=train_epochs(run) if split == "train" else 1,
+            deal=deal_of(run, split),
+            host_memory=memory,
+            threads=run.threads,
+            progress=run.progress,
+        )
+    except DoesNotFit as error:
+        if error.host_bytes is None:
+            raise
+        needed = math.ceil(error.host_bytes * run.budgets.host_bytes / memory) + 1
+        raise DoesNotFit(
+            f"--host-memory {format_bytes(run.budgets.host_bytes)} is too small to sample the {split} split in "
+            f"sampling's share of it ({error}); use --host-memory {needed} or more"
+        ) from error
 
 
 def train_budgets(run: Run) -> Budgets:
