@@ -36,6 +36,7 @@ def test_the_graph_has_communities_hubs_and_both_directions(tmp_path: Path) -> N
     assert write_pipeline_graph(tmp_path, 8000).fingerprint == graph.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sides_that_differ_in_stages_end_with_the_same_weights(setting: Setting, recompute: bool) -> None:
     one, two = (Side(setting=setting, chunks=4, stages=stages, recompute=recompute).turn().weights for stages in (1, 2))
@@ -58,6 +59,7 @@ def test_bytes_of_both_kinds_of_parallelism_are_what_the_formulas_say(setting: S
     assert sent["ratio"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_out_of_core_reads_and_writes_the_disk_and_changes_no_bit(tmp_path: Path) -> None:
     """Larger, as runs are padded to pages on disk."""
     graph = write_pipeline_graph(tmp_path, 8000)

@@ -76,6 +76,7 @@ HYBRID = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("processes", 1), *HYBRID])
 def test_every_backend_ends_with_the_same_bits(tiny_graph: GraphStore, tmp_path: Path, name: str, parts: int) -> None:
     wanted = trainer(tiny_graph, tmp_path / "threads", open_threads, parts=parts).run()
@@ -129,6 +130,7 @@ def open_killed(open_backend: Callable[..., AbstractContextManager[Any]]) -> Ope
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["processes", RAY])
 def test_a_killed_stage_is_named_and_the_rerun_ends_the_same(tiny_graph: GraphStore, tmp_path: Path, name: str) -> None:
     wanted = trainer(tiny_graph, tmp_path / "threads", open_threads, parts=1).run()
@@ -139,6 +141,7 @@ def test_a_killed_stage_is_named_and_the_rerun_ends_the_same(tiny_graph: GraphSt
     assert_same(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["processes", RAY])
 def test_with_retries_the_run_goes_on_by_itself(tiny_graph: GraphStore, tmp_path: Path, name: str) -> None:
     wanted = trainer(tiny_graph, tmp_path / "threads", open_threads, parts=1).run()

@@ -89,6 +89,7 @@ def test_infer_and_inspect_know_the_run(graph: Path, trained: Path, tmp_path: Pa
     assert json.loads(penstock("inspect", trained, "--json").stdout)["mode"] == "chunked"
 
 
+@pytest.mark.slow
 def test_plan_compares_splits_and_train_takes_one(graph: Path, tmp_path: Path) -> None:
     words = ["--run-dir", tmp_path / "run", *SHAPE, "--model", "gcnii", "--devices", "2", "--epochs", "1"]
     done = penstock("plan", graph, *words, "--json")
@@ -101,6 +102,7 @@ def test_plan_compares_splits_and_train_takes_one(graph: Path, tmp_path: Path) -
     assert chosen["stages"] * chosen["parts"] == 2
 
 
+@pytest.mark.slow
 def test_a_memory_budget_that_is_too_small_is_exit_code_4_with_the_one_that_does(graph: Path, tmp_path: Path) -> None:
     words = ["--run-dir", tmp_path / "run", *SHAPE, "--model", "gcn", "--epochs", "1", "--set", "chunked.partition=ldg"]
     done = penstock("train", graph, *words, "--host-memory", "4MiB")
@@ -110,6 +112,7 @@ def test_a_memory_budget_that_is_too_small_is_exit_code_4_with_the_one_that_does
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "row_dtype", "replicas"), [("gcn", "int8", 1), ("gcnii", None, 2)])
 def test_packs_and_histories_on_disk_give_the_weights_of_memory(
     graph: Path, tmp_path: Path, kind: str, row_dtype: str | None, replicas: int
@@ -208,6 +211,7 @@ def test_sigterm_writes_a_checkpoint_and_another_number_of_stages_goes_on(graph:
     assert json.loads((run / "result.json").read_text())["resumed_from"] >= 1
 
 
+@pytest.mark.slow
 def test_a_users_deep_model_trains_on_the_whole_graph(graph: Path, tmp_path: Path) -> None:
     examples = str(Path(__file__).parents[2] / "examples")
     words = ["--set", "model.kind=custom", "--set", "model.module=deep_custom_model:DeepNet", "--epochs", "8"]

@@ -12,8 +12,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ("name", "needs"),
     [
         ("custom_module", "torch"),
-        ("deep_custom_model", "torch"),
-        ("dgl_layers", "dgl"),
+        pytest.param("deep_custom_model", "torch", marks=pytest.mark.slow),
+        pytest.param("dgl_layers", "dgl", marks=pytest.mark.slow),
         ("pyg_layers", "torch_geometric"),
     ],
 )

@@ -127,6 +127,7 @@ train(load_config(flags=json.loads(sys.argv[1])), progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_weights_on_another_host(
     store: Path, straight: bytes, tmp_path: Path
 ) -> None:

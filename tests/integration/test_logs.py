@@ -84,6 +84,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         logs.configure()
 
 
+@pytest.mark.slow
 def test_every_line_of_a_run_with_ranks_is_json(tmp_path: Path) -> None:
     graph = tmp_path / "graph"
     generate_graph(graph, GenerateConfig(num_nodes=600, num_features=8, train=0.3, valid=0.1), host_memory=64 << 20)

@@ -120,6 +120,7 @@ def test_a_killed_rank_is_named_with_its_action(small_ranks: Any, tmp_path: Path
     assert are_gone(backend.pids)
 
 
+@pytest.mark.slow
 def test_a_rank_that_a_signal_stopped_is_named_with_its_stack(small_ranks: Any, tmp_path: Path) -> None:
     """Rank 0 is found at an earlier slot, although both are silent."""
     plan = plan_epoch(Layout(2, 1), epoch=3, order=(1, 0), gradient_mode="stale", recompute=False, defer_weights=True)
@@ -139,6 +140,7 @@ def test_a_rank_that_a_signal_stopped_is_named_with_its_stack(small_ranks: Any, 
     assert are_gone(backend.pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("open_backend", [open_processes, open_small_threads])
 def test_a_rank_that_hangs_alone_is_named_with_its_stack(
     small_ranks: Any, tmp_path: Path, open_backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -161,6 +163,7 @@ def test_a_rank_that_does_not_come_to_open_is_named(
     assert not children()
 
 
+@pytest.mark.slow
 def test_a_stopped_child_that_is_sent_much_does_not_stop_its_parent(small_ranks: Any, tmp_path: Path) -> None:
     with open_processes(small_ranks.small_specs(tmp_path, timeout_s=1.0), open_rank=SMALL) as backend:
         os.kill(backend.pids[1], signal.SIGSTOP)
@@ -169,6 +172,7 @@ def test_a_stopped_child_that_is_sent_much_does_not_stop_its_parent(small_ranks:
     assert are_gone(backend.pids)
 
 
+@pytest.mark.slow
 def test_a_child_that_is_stopped_when_it_is_told_to_end_is_killed(
     small_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
