@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from penstock.engine.exact import LayerTable, count_layers, exact_tables
+from penstock.engine.layered import uses_initial
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.models import layer_forward
 from penstock.engine.outputs import Outputs
@@ -24,10 +25,15 @@ _Part = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]  # node id
 
 def _choose_layer(model: nn.Module, embedding_layer: int | None) -> int:
     num_layers = count_layers(model)
-    layer = embedding_layer or max(1, num_layers - 1)
+    layer = max(1, num_layers - 1) if embedding_layer is None else embedding_layer
     if not 1 <= layer <= num_layers:
         raise ValueError(f"embedding_layer={layer} is not among the model's layers 1..{num_layers}")
     return layer
+
+
+def _embedding_width(model: nn.Module, layer: int, columns: int) -> int:
+    """Columns of a layer's rows that are its own; between layers initial rows may lie behind them."""
+    return columns // 2 if uses_initial(model) and layer < count_layers(model) else columns
 
 
 def _write(graph: GraphStore, out: Path, widths: tuple[int, int], parts: Iterator[_Part], outputs: Outputs) -> int:
@@ -90,7 +96,9 @@ def infer_to_parquet(
         num_rows = graph.num_nodes if nodes is None else len(nodes)
         require_free_disk(out.parent, num_rows * 4 * (embeddings.width + logits.width), f"the node table {out.name}")
         parts = _table_parts(embeddings, logits, nodes, graph.num_nodes)
-        return _write(graph, out, (embeddings.width, logits.width), parts, outputs or Outputs.of(graph))
+        width = _embedding_width(model, layer, embeddings.width)
+        own = ((ids, np.ascontiguousarray(rows[:, :width]), scores) for ids, rows, scores in parts)
+        return _write(graph, out, (width, logits.width), own, outputs or Outputs.of(graph))
 
 
 @torch.no_grad()
@@ -123,5 +131,6 @@ def _feed_parts(model: nn.Module, feed: Iterable[MiniBatch], layer: int) -> Iter
         for n, block in enumerate(batch.blocks):
             x = layer_forward(model, n, block, x)
             if n + 1 == layer:
-                embeddings = x[: batch.num_seeds].float().cpu().numpy().copy()
+                width = _embedding_width(model, layer, x.shape[1])
+                embeddings = x[: batch.num_seeds, :width].float().cpu().numpy().copy()
         yield batch.seeds.cpu().numpy().copy(), embeddings, x.float().cpu().numpy().copy()

@@ -122,3 +122,18 @@ def test_damaged_model_folder(damage: str, model: nn.Module, tmp_path: Path) -> 
         (tmp_path / "model.json").write_text('{"format": "penstock/graph"}')
     with pytest.raises(FormatError):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("sage", 16), ("gcnii", 16), ("dagnn", 5)])
+def test_embeddings_are_a_layers_own_rows(kind: Any, width: int, tiny_graph: GraphStore, tmp_path: Path) -> None:
+    """Not the initial rows that deep models carry along; DAGNN's rows are scores and their gate."""
+    model = build_model(ModelConfig(kind=kind, num_layers=3, hidden=16), 20, 4).eval()
+    memory: dict[str, Any] = {"host_memory": 64 * MIB, "threads": 1}
+    infer_to_parquet(model, tiny_graph, tmp_path / "out.parquet", tmp_path / "s", **memory)
+    found = _column(pq.read_table(tmp_path / "out.parquet"), "embedding")
+    assert found.shape == (tiny_graph.num_nodes, width)
+    table = exact_embeddings(model, tiny_graph, tmp_path / "t", num_layers=2, **memory)
+    np.testing.assert_array_equal(found, table.open()[:, :width])
+    for layer in (0, -1, 4):
+        with pytest.raises(ValueError, match=f"embedding_layer={layer} is not among"):
+            infer_to_parquet(model, tiny_graph, tmp_path / "no", tmp_path / "s", embedding_layer=layer, **memory)
