@@ -49,6 +49,7 @@ def ingest(
     if source.num_features == 0:
         raise DataError(f"the nodes of {source.kind} have no features; give at least one column")
     out = Path(out)
+    options.check_source(source.kind)
     norm = choose_norm(options)
     if options.remap_labels and not source.has_labels:
         raise ValueError(f"remap_labels=true, but the nodes of {source.kind} have no labels; drop it")

@@ -63,6 +63,19 @@ class IngestOptions(BaseModel):
                 raise ValueError(f"split_fractions={self.split_fractions} must be at least 0 and add up to at most 1")
         return self
 
+    def check_source(self, kind: str) -> None:
+        """ValueError where an option that was set says nothing of a source of this kind."""
+        columns = [
+            name for name in self.model_fields_set if name.startswith("feature_column") or name.endswith("_column")
+        ]
+        columns += [name for name in ("feature_prefix",) if name in self.model_fields_set]
+        if kind != "parquet" and columns:
+            raise ValueError(
+                f"{', '.join(sorted(columns))} name columns of Parquet tables, this source is {kind}; drop them"
+            )
+        if "split_seed" in self.model_fields_set and self.split_fractions is None:
+            raise ValueError("split_seed is the seed of split_fractions, which is not set; set both or neither")
+
     @property
     def merges(self) -> bool:
         """Whether edges with equal ends become one."""

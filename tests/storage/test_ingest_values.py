@@ -251,6 +251,16 @@ def test_fractions_that_are_none_are_refused(fractions: tuple[float, float, floa
         IngestOptions(split_fractions=fractions)
 
 
+@pytest.mark.parametrize("source", [from_npy, from_pyg, from_dgl])
+def test_options_without_effect_are_refused(tmp_path: Path, source: Any) -> None:
+    with pytest.raises(ValueError, match="label_column, weight_column name columns of Parquet tables, this source is"):
+        source(tmp_path / "in", {}, label_column="y", weight_column="w")
+    with pytest.raises(ValueError, match="feature_prefix name columns of Parquet"):
+        source(tmp_path / "in2", {}, feature_prefix="f")
+    with pytest.raises(ValueError, match="split_seed is the seed of split_fractions"):
+        source(tmp_path / "in3", {}, split_seed=3)
+
+
 def test_fractions_are_drawn_among_labelled_nodes(tmp_path: Path) -> None:
     count = 4000
     labels = np.where(np.arange(count) % 4 == 0, np.arange(count) // 4 % 3, -1)
