@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from penstock.sampler.lookahead import BYTES_PER_NODE
 from penstock.sampler.rolling import used_bytes
 from penstock.sampler.windowtask import WindowJob, build_window
 from penstock.storage.budget import MIB, available_memory, format_bytes, free_disk
@@ -76,7 +77,8 @@ class Feeder:
         self.disk_bytes = free_disk(folder) // 10 if spec.disk_bytes is None else spec.disk_bytes
         self.room = self.disk_bytes - PAGE  # `folder` itself takes one
         total = available_memory() // 4 if spec.memory is None else spec.memory
-        self.memory = max(_LEAST_MEMORY, total // spec.threads)
+        # every thread plans by three int32 arrays over all nodes, see `windowtask`
+        self.memory = max(_LEAST_MEMORY, total // spec.threads - BYTES_PER_NODE * graph.num_nodes)
         self.changed = threading.Condition()
         self._queue: list[tuple[int, int, Order]] = []
         self._orders: set[Order] = set()

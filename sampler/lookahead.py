@@ -20,6 +20,8 @@ from penstock.sampler.scratch import ItemArrays
 from penstock.storage.trace import WindowIndex
 
 NUM_CLASSES = 16
+BYTES_PER_NODE = 12  # counts, places, next uses
+_PIECE = 1 << 18
 
 
 class RollingPlanner:
@@ -34,6 +36,7 @@ class RollingPlanner:
         self._traces, self._policy, self._table = traces, policy, table
         self._num_device, self._num_host = num_device, num_host
         self._counts = np.zeros(num_nodes, np.int32)
+        self._table_ahead = np.empty(num_nodes if policy == "belady" else 0, np.int32)
         self._items_seen, self._next_window = 0, -1
         self._tiers: Tiers | None = None
 
@@ -96,9 +99,9 @@ class RollingPlanner:
         self._tiers.policy.start(uses, never)
 
     def _classes(self, horizon: int) -> NDArray[np.int32]:
-        """The guess for every node, int32 [N]: `horizon` plus its class."""
-        gaps = self._items_seen // np.maximum(self._counts, 1)
-        table: NDArray[np.int32] = np.frexp(gaps.astype(np.float32))[1].astype(np.int32)  # bits of the gap
-        np.clip(table, 0, NUM_CLASSES - 1, out=table)
-        table += horizon
-        return table
+        """The guess for every node, int32 [N]: `horizon` plus its class; in pieces, so that no other array is [N]."""
+        for lo in range(0, len(self._counts), _PIECE):
+            gaps = self._items_seen // np.maximum(self._counts[lo : lo + _PIECE], 1)
+            bits = np.frexp(gaps.astype(np.float32))[1]  # of the gap
+            self._table_ahead[lo : lo + _PIECE] = horizon + np.clip(bits, 0, NUM_CLASSES - 1)
+        return self._table_ahead

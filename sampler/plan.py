@@ -236,6 +236,12 @@ def packset_meta(
     )
 
 
+def _planning_bytes(graph: GraphStore, meta: PackSetMeta, sizes: ItemSizes) -> int:
+    """Counts, first uses and places per node; lists per host slot; the residents of every window; the largest item."""
+    residents = 8 * (meta.device_slots + meta.host_slots) * meta.num_windows
+    return 12 * graph.num_nodes + 36 * meta.host_slots + residents + 32 * sizes.max_inputs
+
+
 def _make_plan(planner: _TracePlanner, choice: Choice, recording: Recording, num_host: int, rates: DiskRates) -> Plan:
     graph, trace, sizes = planner.graph, planner.trace, planner.sizes
     config, budgets, num_device = planner.config, planner.budgets, planner.num_device
@@ -285,7 +291,7 @@ def _make_plan(planner: _TracePlanner, choice: Choice, recording: Recording, num
         scratch_bytes=recording.arrays.num_bytes,
         disk_needed_bytes=choice.disk_bytes,
         host_needed_bytes=sizes.memory(num_host, choice.max_extent_bytes),
-        planning_memory_bytes=12 * graph.num_nodes + 32 * num_host + 32 * sizes.max_inputs,
+        planning_memory_bytes=_planning_bytes(graph, meta, sizes),
         max_extent_bytes=choice.max_extent_bytes,
         max_inputs=sizes.max_inputs,
         read_s_per_epoch=choice.read_s / epochs,

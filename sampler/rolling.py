@@ -21,7 +21,7 @@ from penstock.sampler.accesses import Accesses
 from penstock.sampler.journal import journal_bytes
 from penstock.sampler.known import NAME, Known, read_known, write_known
 from penstock.sampler.layouts import rolling_fixed_bytes, rolling_item_bytes
-from penstock.sampler.lookahead import RollingPlanner
+from penstock.sampler.lookahead import BYTES_PER_NODE, RollingPlanner
 from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
 from penstock.sampler.neighbors import SampleConfig, make_trace_meta, sample_window
 from penstock.sampler.packer import begin_packset, pack_windows
@@ -203,8 +203,9 @@ def _ring_bytes(meta: PackSetMeta, host_bytes: int) -> int:
     return (host_bytes - besides) // 2
 
 
-def _producer_memory(budgets: Budgets) -> int:
-    return max(_LEAST_MEMORY, int(budgets.host_bytes * (1 - ROLLING_SHARE)))
+def _producer_memory(budgets: Budgets, num_nodes: int) -> int:
+    """What sampling and packing have beside the planner."""
+    return max(_LEAST_MEMORY, int(budgets.host_bytes * (1 - ROLLING_SHARE)) - BYTES_PER_NODE * num_nodes)
 
 
 def produce_windows(
@@ -236,7 +237,7 @@ def produce_windows(
         graph, sample_config.model_copy(update={"window_items": 1}), split, shuffle=shuffle, deal=deal
     )
     endless = endless_trace(once, stop_step)
-    memory, known = _producer_memory(budgets), read_known(out, once)
+    memory, known = _producer_memory(budgets, graph.num_nodes), read_known(out, once)
     probe = probe_items(
         graph,
         out / "probe",

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from penstock.engine.feed import open_pack_feed
+from penstock.sampler.lookahead import BYTES_PER_NODE, RollingPlanner
 from penstock.sampler.neighbors import SampleConfig, sample_trace
-from penstock.sampler.plan import PlanConfig
+from penstock.sampler.plan import PlanConfig, feature_table
 from penstock.sampler.producer import Producer, start_producer
 from penstock.sampler.rolling import produce_windows, used_bytes
 from penstock.sampler.seeds import epoch_order
@@ -25,7 +27,7 @@ from penstock.storage.budget import Budgets
 from penstock.storage.errors import DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import decode_extent, has_window, open_packset, read_pack_index
-from penstock.storage.trace import encode_item, payload_bytes, window_name
+from penstock.storage.trace import encode_item, payload_bytes, read_window_index, window_name
 
 SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
 DISK = 220_000
@@ -188,7 +190,7 @@ _PARENT = """
 import sys, time
 from pathlib import Path
 from penstock.sampler.neighbors import SampleConfig
-from penstock.sampler.plan import PlanConfig
+from penstock.sampler.plan import PlanConfig, feature_table
 from penstock.sampler.producer import start_producer
 from penstock.storage.budget import Budgets
 
@@ -289,3 +291,25 @@ def test_what_was_met_is_known_to_whoever_starts_again(late_hub: GraphStore, tmp
         produce(host_bytes=80_000)
     assert caught.value.host_bytes is not None
     produce(host_bytes=caught.value.host_bytes)
+
+
+def test_planning_a_window_takes_twelve_bytes_per_node(make_graph: Any, tmp_path: Path) -> None:
+    """Many nodes, few items: what is taken is arrays over all nodes, and little else."""
+    num_nodes = 1_000_000
+    graph: GraphStore = make_graph(num_nodes, np.array([[1, 0], [2, 0]]), train=np.arange(8))
+    config = SampleConfig(fanouts=(2,), batch_size=1, window_items=4)
+    trace = sample_trace(graph, tmp_path / "trace", config, host_memory=64 << 20, threads=1)
+    indexes = [read_window_index(trace.path, window) for window in range(2)]
+    (tmp_path / "scratch").mkdir()
+    table = feature_table(graph)
+    tracemalloc.start()
+    try:
+        planner = RollingPlanner(
+            trace.path, policy="belady", num_device=1, num_host=2, num_nodes=num_nodes, table=table
+        )
+        planner.plan(indexes[0], indexes[1], row_bytes=4, scratch=tmp_path / "scratch").arrays.delete()
+        planner.plan(indexes[1], None, row_bytes=4, scratch=tmp_path / "scratch").arrays.delete()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < BYTES_PER_NODE * num_nodes + (8 << 20)
