@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from penstock.sampler.recording import Table
 from penstock.storage.blocks import BLOCK_BYTES, block_down, block_up
-from penstock.storage.directio import DirectFile, aligned_buffer, page_up
+from penstock.storage.directio import IO_BYTES, DirectFile, aligned_buffer, page_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +34,17 @@ def part_buffer_bytes(table: Table, part_rows: int) -> int:
 
 
 class PartReader:
-    """Two buffers and one thread; a context manager. Each part must be done with before the next is asked for."""
+    """Two buffers, a thread that reads and one that verifies; a context manager.
+
+    Each part must be done with before the next is asked for.
+    """
 
     def __init__(self, table: Table, part_rows: int, needed: NDArray[np.uint8], buffer_bytes: int) -> None:
         self.table, self.part_rows, self._needed = table, part_rows, needed
         self.buffers = (aligned_buffer(buffer_bytes), aligned_buffer(buffer_bytes))
         self._file = DirectFile(table.path, "read")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="penstock-checker")  # while the next bytes come
         self.read_bytes = 0
 
     def __enter__(self) -> "PartReader":
@@ -48,6 +52,7 @@ class PartReader:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._checker.shutdown(wait=True, cancel_futures=True)
         self._file.close()
 
     def parts(self, first_row: int) -> Iterator[Part]:
@@ -61,13 +66,17 @@ class PartReader:
     def _read(self, lo: int, number: int) -> Part:
         table, buffer, hi = self.table, self.buffers[number % 2], min(lo + self.part_rows, self.table.num_rows)
         first, past = lo * table.row_bytes // BLOCK_BYTES, block_up(hi * table.row_bytes) // BLOCK_BYTES
+        checks: list[Future[None]] = []
         for run in _runs(first + np.flatnonzero(self._needed[first:past])):
             start, stop = int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, table.num_bytes)
-            data = buffer[start - first * BLOCK_BYTES :]
-            self._file.read_into(data, table.offset + start, page_up(stop - start))
+            for at in range(start, stop, IO_BYTES):
+                end, data = min(at + IO_BYTES, stop), buffer[at - first * BLOCK_BYTES :]
+                self._file.read_into(data, table.offset + at, page_up(end - at))
+                if table.sums is not None:
+                    checks.append(self._checker.submit(table.sums.verify, at, data[: end - at]))
             self.read_bytes += page_up(stop - start)
-            if table.sums is not None:
-                table.sums.verify(start, data[: stop - start])
+        for check in checks:
+            check.result()
         at = lo * table.row_bytes
         return Part(lo=lo, hi=hi, data=buffer[at - block_down(at) :])
 
