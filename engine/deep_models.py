@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from penstock.engine.deferred import Linear, linear
 from penstock.engine.dropout import NodeDropout
+from penstock.engine.fixed_order import LayerNorm, sigmoid
 from penstock.engine.layered import LayeredModel
 from penstock.engine.layers import GCNConv, gcn_propagate
 from penstock.engine.minibatch import Block
@@ -142,7 +143,7 @@ class ResGCN(LayeredModel):
         *,
         num_layers: int,
         hidden: int,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm: Callable[[int], nn.Module] = LayerNorm,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         activation: Activation = _relu,
@@ -177,7 +178,7 @@ class _GatedEncoder(nn.Module):
 
 def _gated(h: Tensor) -> Tensor:
     """Rows times the sigmoid of their score, their last column."""
-    return h * h[:, -1:].sigmoid()
+    return h * sigmoid(h[:, -1:])
 
 
 class _Hop(nn.Module):

@@ -2,16 +2,23 @@
 
 The gradient of the input is what the stage before waits for; the weight's is as much work and nobody waits for it until
 the optimizer steps, so it may fill a pipeline's bubble. This is the split of zero-bubble schedules (Qi et al., ICLR
-2024, section 2), here for matrices only: biases and other parameters get their gradients in backward. Without a
-collector everything is torch's own.
+2024, section 2), here for matrices only: biases and other parameters get their gradients in backward. On a CPU the
+bits of all products are those of `products`: they do not depend on threads, and waiting changes none.
 """
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from penstock.engine.products import product, sum_rows, transposed_product
+
+Record = Callable[[Tensor, Tensor], None]
 
 
 class WeightGradients:
@@ -45,7 +52,7 @@ class WeightGradients:
         for weight, x, grad in due:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            weight.grad.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
+            weight.grad.add_(_weight_gradient(grad.to(weight.dtype), x.to(weight.dtype)))
 
     @property
     def num_bytes(self) -> int:
@@ -65,31 +72,51 @@ def _current() -> WeightGradients | None:
     return _here.collector
 
 
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.device.type == "cpu":
+        return product(x, matrix, bias)
+    return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return transposed_product(grad, x) if x.device.type == "cpu" else grad.t() @ x
+
+
 class _Linear(torch.autograd.Function):
-    """x W^T + b whose weight gradient is recorded."""
+    """x W^T + b; where there is a `record`, it is told of the weight's gradient, which waits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, collector: WeightGradients) -> Tensor:
-        ctx.collector, ctx.weight = collector, weight
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Record | None) -> Tensor:
+        ctx.record = record
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight, bias)
+        return _product(x, weight.t(), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        ctx.collector.record(ctx.weight, x.detach(), grad.detach())
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, None
+        grad_weight = None
+        if ctx.record is not None:
+            ctx.record(x.detach(), grad.detach())
+        elif ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad, x)
+        grad_x = _product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_bias = sum_rows(grad) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for `x` [M, F], `weight` [H, F], `bias` [H]; the weight's gradient waits if a collector is active."""
     collector = _current()
-    waits = collector is not None and torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
-    if not waits or x.ndim != 2:
+    waits = torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
+    record = partial(collector.record, weight) if collector is not None and waits else None
+    device = x.device.type
+    if x.ndim != 2 or (record is None and device != "cpu"):
         return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, collector)  # type: ignore[no-untyped-call, no-any-return]
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Linear.apply(x, weight, bias, record)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Linear(nn.Linear):

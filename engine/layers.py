@@ -39,6 +39,7 @@ from penstock.engine.aggregate import (
 from penstock.engine.blockcache import derived
 from penstock.engine.deferred import Linear, linear
 from penstock.engine.dropout import edge_dropout
+from penstock.engine.fixed_order import rows_of
 from penstock.engine.minibatch import Block
 
 Aggregator = Literal["mean", "max"]
@@ -62,7 +63,8 @@ def _aggregate_linear(
     block: Block, x: Tensor, weight: Tensor, bias: Tensor, aggregate: Callable[[Block, Tensor], Tensor]
 ) -> Tensor:
     if _linear_first(block, x, len(weight)):
-        return aggregate(block, linear(x, weight)) + bias
+        out = aggregate(block, linear(x, weight))
+        return out + rows_of(bias, len(out))
     return linear(aggregate(block, x), weight, bias)
 
 
@@ -187,14 +189,14 @@ class GATConv(nn.Module):
         block = with_self_loops(block)
         values = self.linear(x)
         by_head = values.view(-1, self.heads, self.dim)
-        src_scores = (by_head * self.src_attention).sum(-1)
-        dst_scores = (by_head[: block.num_dst] * self.dst_attention).sum(-1)
+        src_scores = (by_head * rows_of(self.src_attention[0], len(by_head))).sum(-1)
+        dst_scores = (by_head[: block.num_dst] * rows_of(self.dst_attention[0], block.num_dst)).sum(-1)
         alpha = edge_softmax(block, src_scores, dst_scores, slope=self.negative_slope)
         alpha = edge_dropout(alpha, self.attention_dropout, self.training, block)
         out = aggregate_weighted(block, values, alpha)
         if not self.concat:
             out = out.view(-1, self.heads, self.dim).mean(dim=1)
-        return out + self.bias
+        return out + rows_of(self.bias, len(out))
 
 
 class GINConv(nn.Module):
@@ -212,5 +214,6 @@ class GINConv(nn.Module):
     def forward(self, block: Block, x: Tensor) -> Tensor:
         """[S, F] to [R, H]. ValueError where the block has no degrees."""
         _, ratio = _degree_ratio(block, "GINConv", scale_dtype(x))
-        total = aggregate_sum(block, x, dst_scale=ratio) + (1 + self.eps) * x[: block.num_dst]
+        factor = rows_of((1 + self.eps).expand(x.shape[1]), block.num_dst)
+        total = aggregate_sum(block, x, dst_scale=ratio) + factor * x[: block.num_dst]
         return self.mlp(total)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from penstock.engine.fixed_order import binary_cross_entropy
 from penstock.storage.errors import full_disk_is_clear
 
 MetricName = Literal["accuracy", "micro_f1", "macro_f1", "loss"]
@@ -24,7 +25,7 @@ Listener = Callable[[dict[str, Any]], None]
 def node_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss: cross entropy for labels int64 [B] (-1 is left out), binary cross entropy for float32 [B, C]."""
     if labels.ndim == 2:
-        return functional.binary_cross_entropy_with_logits(logits.float(), labels)
+        return binary_cross_entropy(logits.float(), labels)
     total = functional.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 

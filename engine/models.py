@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from penstock.engine.deep_models import DAGNN, GCNII, ResGCN
 from penstock.engine.deferred import Linear
 from penstock.engine.dropout import dropout
+from penstock.engine.fixed_order import BatchNorm, LayerNorm, elu
 from penstock.engine.layers import Aggregator, GATConv, GCNConv, GINConv, SAGEConv
 from penstock.engine.minibatch import Block
 from penstock.engine.usermodule import load_class, make_module
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": nn.functional.elu}
-_NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": elu}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": BatchNorm, "layer": LayerNorm}
 _DEEP = ("gcnii", "resgcn", "dagnn")
 
 

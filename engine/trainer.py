@@ -19,6 +19,7 @@ from penstock.engine.metrics import Metrics
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.optim import flatten_state, restore_state
 from penstock.engine.prefetch import device_seconds
+from penstock.engine.products import torch_threads
 from penstock.engine.stepper import Stepper
 from penstock.engine.trainconfig import TrainConfig
 from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop, update_rate
@@ -31,17 +32,6 @@ __all__ = ["Evaluate", "OpenFeed", "Stopped", "TrainConfig", "TrainResult", "Tra
 OpenFeed = Callable[[int, int], AbstractContextManager[Iterable[MiniBatch]]]
 Evaluate = Callable[[nn.Module], Mapping[str, Metrics]]
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch compute with so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_device(config: TrainConfig) -> None:

@@ -26,6 +26,7 @@ from penstock.engine.chunked.stage import Position, Tape, join_state, split_stat
 from penstock.engine.chunked.transport import Channel, Transport
 from penstock.engine.dropout import epoch_key
 from penstock.engine.models import build_model
+from penstock.engine.products import torch_threads
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.graph import Split, open_graph
 
@@ -366,10 +367,9 @@ def open_rank(spec: RankSpec, transport: Transport, heartbeat: Heartbeat = nothi
 
     `heartbeat(done, total)` is called after every action.
     """
-    torch.set_num_threads(spec.threads)
     graph = open_graph(spec.graph)
     model = build_model(spec.model, graph.meta.num_features, graph.meta.num_classes)
     model.load_state_dict(safetensors.torch.load_file(spec.weights))
     model.to(spec.device, spec.torch_dtype)
-    with ExitStack() as stack:
+    with torch_threads(spec.threads), ExitStack() as stack:
         yield Rank(spec, transport, model, stack, heartbeat)

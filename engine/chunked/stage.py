@@ -23,6 +23,7 @@ from penstock.engine.aggregate import aggregate_sum
 from penstock.engine.chunked.blocks import ChunkData, ChunkTargets
 from penstock.engine.chunked.exchange import MirrorExchange
 from penstock.engine.deferred import WeightGradients
+from penstock.engine.fixed_order import binary_cross_entropy
 from penstock.storage.history import MessageTable, RunTable
 
 
@@ -274,5 +275,5 @@ def split_state(state: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the losses of rows: cross entropy for labels int64 [B], binary cross entropy for float [B, C]."""
     if labels.ndim == 2:
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return binary_cross_entropy(logits, labels, reduction="sum")
     return nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.transport import Transport, gather_all
 from penstock.engine.optim import build_optimizer, set_learning_rate
+from penstock.engine.products import sum_rows
 from penstock.engine.trainer import TrainConfig
 
 
@@ -74,7 +75,7 @@ class StageOptimizer:
         squares = torch.zeros(len(self._all), dtype=torch.float64)
         for n, (_, is_owned, parameter) in enumerate(self._all):
             if is_owned and parameter.grad is not None:
-                squares[n] = parameter.grad.double().square().sum().cpu()
+                squares[n] = sum_rows(parameter.grad.double().square().reshape(-1)).cpu()
         total = torch.stack(gather_all(self._transport, ranks, squares)).sum(0).sum().sqrt()
         scale = min(1.0, limit / (float(total) + 1e-6))
         for parameter in self._parameters:

@@ -21,8 +21,9 @@ from penstock.engine.chunked.transport import Transport
 from penstock.engine.evaluate import count_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import FeedStats, device_seconds
+from penstock.engine.products import torch_threads
 from penstock.engine.reduce import sum_over
-from penstock.engine.trainer import ModelState, make_stepper, torch_threads
+from penstock.engine.trainer import ModelState, make_stepper
 from penstock.engine.trainloop import Tensors, update_rate
 from penstock.prepare import deal_items
 from penstock.replica_sources import Fed, Source, open_fed_items, open_own_packs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from penstock.engine.minibatch import Block
 from penstock.engine.models import ModelConfig, build_model
-from penstock.engine.trainer import torch_threads
+from penstock.engine.products import torch_threads
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy
 
