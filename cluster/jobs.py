@@ -97,6 +97,7 @@ class Jobs:
         *,
         num_cpus: float = 0,
         num_gpus: float = 0,
+        memory_bytes: int = 0,
         metadata: dict[str, str] | None = None,
     ) -> bool:
         """Submit a job that works in a copy of `folder`; False where another process was first with this id.
@@ -113,6 +114,7 @@ class Jobs:
                 metadata=metadata,
                 entrypoint_num_cpus=num_cpus,
                 entrypoint_num_gpus=num_gpus,
+                entrypoint_memory=memory_bytes,
             )
         except RuntimeError as error:
             if "No available agent" in str(error):

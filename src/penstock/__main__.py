@@ -198,7 +198,8 @@ def render(
     """
     from penstock.launch_verbs import run_render
 
-    run_render((options or RunOptions()).load(dataset), manifest or KubernetesOptions())
+    run = options or RunOptions()
+    run_render(run.load(dataset), manifest or KubernetesOptions(), run)
 
 
 @app.command

@@ -7,18 +7,18 @@ pod network, since KubeRay's operator asks it how the job is; a network policy l
 
 import math
 import re
-from dataclasses import replace
 from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Any
 
+import xxhash
 import yaml
 
 from penstock import __version__
 from penstock.config import RunConfig
 from penstock.exit_codes import DATA, DOES_NOT_FIT, MISSING, RETRY, USAGE
 from penstock.launch_options import KubernetesOptions
-from penstock.pod_sizes import Sizes, count_workers, feeder_sizes, is_rayjob, pod_sizes
+from penstock.pod_sizes import Sizes, count_workers, feeder_sizes, head_sizes, is_rayjob, pod_sizes
 from penstock.portable import portable_config
 from penstock.storage.budget import GIB, MIB
 from penstock.storage.remote.config import is_uri
@@ -50,6 +50,9 @@ def render(config: RunConfig, options: KubernetesOptions) -> str:
     """The manifests as YAML documents; ValueError where an option is wrong or the configuration holds a secret."""
     name = _name(config, options)
     rayjob = is_rayjob(config, options)
+    _refuse_without_effect(options, rayjob)
+    _refuse_read_only(config, options)
+    _refuse_unshared(config, options, rayjob)
     documents = [
         _config_map(name, config, rayjob),
         _rayjob(name, config, options) if rayjob else _job(name, config, options),
@@ -62,14 +65,45 @@ def render(config: RunConfig, options: KubernetesOptions) -> str:
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
 
 
+def _refuse_without_effect(options: KubernetesOptions, rayjob: bool) -> None:
+    """ValueError for options that only the other kind of manifest has a place for."""
+    alone = {"--workers": options.workers, "--ray-version": options.ray_version, "--auth-secret": options.auth_secret}
+    given = [name for name, value in alone.items() if value is not None]
+    if given and not rayjob:
+        raise ValueError(f"{', '.join(given)}: of no effect in a Job, which is one pod without Ray; leave it out")
+
+
+def _refuse_read_only(config: RunConfig, options: KubernetesOptions) -> None:
+    place = portable_config(config)["run_dir"]
+    for mount in _claim_mounts(options):
+        if mount.get("readOnly") and not is_uri(place) and PurePosixPath(place).is_relative_to(mount["mountPath"]):
+            raise ValueError(f"run_dir={place} is on {mount['name']}:{mount['mountPath']}:ro; mount it without `:ro`")
+
+
+def _is_mounted(place: str, options: KubernetesOptions) -> bool:
+    mounts = [PurePosixPath(mount["mountPath"]) for mount in _claim_mounts(options)]
+    return not is_uri(place) and any(PurePosixPath(place).is_relative_to(mount) for mount in mounts)
+
+
+def _refuse_unshared(config: RunConfig, options: KubernetesOptions, rayjob: bool) -> None:
+    """ValueError where ranks of full-graph training would each look into a scratch volume of their own."""
+    value = portable_config(config)
+    apart = [f"{key}={value[key]}" for key in ("dataset", "run_dir") if not _is_mounted(value[key], options)]
+    if rayjob and config.mode == "chunked" and apart:
+        raise ValueError(
+            f"{', '.join(apart)} with mode=chunked: the driver and all ranks read the same files, and each pod would "
+            "have a copy of its own, or none; give paths on a volume that all pods mount (--volume CLAIM:/path, "
+            "ReadWriteMany), or --kind job with backend processes"
+        )
+
+
 def cautions(config: RunConfig, options: KubernetesOptions) -> list[str]:
     """What the manifests alone cannot make right."""
     found = []
     value = portable_config(config)
-    mounts = [PurePosixPath(mount["mountPath"]) for mount in _claim_mounts(options)]
     for key in ("dataset", "run_dir"):
         place = value[key]
-        if not is_uri(place) and not any(PurePosixPath(place).is_relative_to(mount) for mount in mounts):
+        if not is_uri(place) and not _is_mounted(place, options):
             loss = (
                 "is not in the pods" if key == "dataset" else "is lost with its pod, and with it what it could resume"
             )
@@ -93,8 +127,11 @@ def _name(config: RunConfig, options: KubernetesOptions) -> str:
                 f"--name {options.name!r}: write at most {_NAME_LENGTH} of a-z, 0-9 and hyphens, a letter first"
             )
         return options.name
-    run = str(config.remote.run_dir or config.run_dir).rstrip("/").rsplit("/", 1)[-1]
-    return f"penstock-{re.sub(r'[^a-z0-9]+', '-', run.lower())}"[:_NAME_LENGTH].strip("-")
+    place = str(config.remote.run_dir or config.run_dir.absolute()).rstrip("/")
+    words = re.sub(r"[^a-z0-9]+", "-", f"penstock-{place.rsplit('/', 1)[-1].lower()}")
+    # two runs called `daily` are two runs, and applying one must not replace the other
+    digest = xxhash.xxh3_64_hexdigest(place.encode())[:8]
+    return f"{words[: _NAME_LENGTH - len(digest) - 1].strip('-')}-{digest}"
 
 
 def _image(config: RunConfig, options: KubernetesOptions) -> str:
@@ -156,7 +193,7 @@ def _cluster(name: str, config: RunConfig, options: KubernetesOptions) -> Json:
             "serviceType": "ClusterIP",
             # no task goes to the head, which has the driver; KubeRay's operator asks the dashboard over the pod network
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", **_RAY_PARAMS},
-            "template": _pod(name, "ray-head", config, options, replace(sizes, gpus=0)),
+            "template": _pod(name, "ray-head", config, options, head_sizes(config, options)),
         },
         "workerGroupSpecs": groups,
     }

@@ -23,6 +23,7 @@ from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.locations import require_writable
 from penstock.portable import portable_config, spans_ray
 from penstock.report import copy_result
+from penstock.run_options import RunOptions
 from penstock.storage.errors import MissingDependency
 from penstock.storage.extras import install_command
 from penstock.storage.graph import GraphMeta, GraphStore, open_graph
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from penstock.cluster.jobs import Job, Jobs
 
 _CONFIG_NAME = "penstock.yaml"
+_PROCESS_BYTES = 768 << 20  # of the driver beside its budget, as of ranks
 How = Literal["resume", "if_changed", "force"]
 _FLAGS: dict[How, str] = {"resume": "", "if_changed": " --if-changed", "force": " --force"}
 Say = Callable[[str], object]
@@ -71,13 +73,15 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, how: How, copy: Pat
         if not quiet:
             print(text, end="", flush=True, file=sys.stderr if options.json else sys.stdout)
 
+    if copy is not None and not options.wait:
+        raise ValueError(f"--result-json {copy} with --no-wait: there is no result yet; leave one of them out")
     jobs = open_jobs(options.address)
     try:
         submitted = _submit(jobs, value, wait=options.wait, how=how, say=say)
     except ConnectionError as error:  # what became of the run, the same command will find out
         print(f"penstock: {redact_text(str(error))}; run the same command again", file=sys.stderr)
         return RETRY
-    if copy is not None and options.wait:
+    if copy is not None:
         _copy_result(submitted, copy)
     if options.json:
         print(json.dumps(asdict(submitted)))
@@ -172,6 +176,7 @@ def _submit_new(jobs: "Jobs", job_id: str, config: RunConfig, value: dict[str, A
             Path(folder),
             num_cpus=(config.train.threads or 1) if is_alone else 0,
             num_gpus=1 if is_alone and config.train.device.startswith("cuda") else 0,
+            memory_bytes=(config.budgets.host_memory or 0) + _PROCESS_BYTES if is_alone else 0,
             metadata={"penstock": __version__, "config": config.digest(), "run_dir": value["run_dir"]},
         )
 
@@ -234,8 +239,14 @@ def _stop_command(jobs: "Jobs", job: "Job") -> str:
     return f"ray job stop {job.id} --address {jobs.address}"
 
 
-def run_render(config: RunConfig, options: KubernetesOptions) -> None:
+def run_render(config: RunConfig, options: KubernetesOptions, run: RunOptions) -> None:
     """`penstock k8s render`: manifests on stdout, cautions on stderr."""
+    given = [f"--{name.replace('_', '-')}" for name in ("force", "result_json", "quiet") if getattr(run, name)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: of no effect here: a manifest starts a run that goes on after each retry, and leaves "
+            "result.json in its run folder; leave it out (to start anew, delete the run folder or give another)"
+        )
     text = render(config, options)
     for caution in cautions(config, options):
         print(f"penstock: {caution}", file=sys.stderr)

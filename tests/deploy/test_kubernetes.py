@@ -1,6 +1,8 @@
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from penstock.launch_options import KubernetesOptions
 Json = dict[str, Any]
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FLAGS = {"dataset": "s3://graphs/papers", "run_dir": "s3://runs/papers"}
+SHARED = {"dataset": "/runs/papers.graph", "run_dir": "/runs/deep"}
 
 
 def rendered(options: KubernetesOptions | None = None, **flags: Any) -> dict[str, Json]:
@@ -60,8 +63,10 @@ def test_the_example_is_what_render_prints(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_rayjobs_are_valid(options: KubernetesOptions, validate: Callable[[str, Json], list[str]]) -> None:
-    for flags in ({"cluster__replicas": 3, "cluster__feeders": 2}, {"mode": "chunked", "chunked__backend": "ray"}):
-        assert validate("RayJob", rendered(options, **flags)["RayJob"]) == []
+    wide = {"cluster__replicas": 3, "cluster__feeders": 2}
+    assert validate("RayJob", rendered(options, **wide)["RayJob"]) == []
+    shared = replace(options, volume=[*options.volume, "runs:/runs"])
+    assert validate("RayJob", rendered(shared, **SHARED, mode="chunked", chunked__backend="ray")["RayJob"]) == []
 
 
 def test_example_files_are_valid(validate: Callable[[str, Json], list[str]]) -> None:
@@ -161,7 +166,7 @@ def test_sizes_follow_the_configuration() -> None:
     assert (feeders["replicas"], feeders["resources"]) == (2, {"feeder": "1"})
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in (head, workers, feeders)]
     assert [found["cpu"] for found in limits] == ["6", "6", "5"]
-    assert {found["memory"] for found in limits} == {"52Gi"}
+    assert [found["memory"] for found in limits] == ["8Gi", "52Gi", "26Gi"]
     assert [found.get("nvidia.com/gpu") for found in limits] == [None, "1", None]
     assert head["rayStartParams"]["num-cpus"] == "0"
     scratch = next(volume for volume in workers["template"]["spec"]["volumes"] if volume["name"] == "scratch")
@@ -200,8 +205,121 @@ def test_full_graph_ranks_have_a_pod_each(
 ) -> None:
     flags: dict[str, Any] = {"chunked__stages": stages, "chunked__parts": parts, "chunked__devices": devices}
     flags["cluster__replicas"] = replicas
-    found = rendered(mode="chunked", chunked__backend="ray", model__num_layers=8, **flags)
-    assert found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == pods
+    flags |= {"budgets__host_memory": "48GiB", "train__threads": 16, "train__device": "cuda", **SHARED}
+    options = KubernetesOptions(volume=["runs:/runs"])
+    cluster = rendered(options, mode="chunked", chunked__backend="ray", model__num_layers=8, **flags)["RayJob"]["spec"][
+        "rayClusterSpec"
+    ]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == pods
+    limits = [pod["spec"]["containers"][0]["resources"]["limits"] for pod in pod_templates(cluster)]
+    share = {"cpu": str(16 // pods), "memory": f"{60 * 1024 // pods + 2048}Mi", "nvidia.com/gpu": "1"}
+    whole = {"cpu": str(16 // pods), "memory": "62Gi"}  # the driver, which cuts the graph with all of the budget
+    assert [normal(found) for found in limits] == [normal(whole), normal(share)]
+
+
+def normal(limits: Json) -> Json:
+    memory = limits["memory"]
+    return limits | {"memory": int(memory[:-2]) * (1024 if memory.endswith("Gi") else 1)}
+
+
+@pytest.mark.parametrize(("gpus", "workers", "wanted"), [(None, 2, "2"), (0.5, 2, "1"), (0.25, None, "1")])
+def test_pods_have_the_gpus_that_ray_is_asked_for(gpus: float | None, workers: int | None, wanted: str) -> None:
+    flags = {"cluster__replicas": 4, "cluster__address": "auto", "cluster__gpus_per_replica": gpus}
+    found = rendered(KubernetesOptions(workers=workers), train__device="cuda", **flags)["RayJob"]
+    pod = found["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert pod["resources"]["limits"]["nvidia.com/gpu"] == wanted
+
+
+def test_gpus_that_nobody_uses_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"gpus_per_replica=0.5 .* train.device=cpu, cluster.address=auto; leave it out"
+    ):
+        rendered(cluster__replicas=2, cluster__address="auto", cluster__gpus_per_replica=0.5)
+    with pytest.raises(ValueError, match="cluster.address=None"):
+        rendered(cluster__replicas=2, train__device="cuda", cluster__gpus_per_replica=1)
+
+
+def test_ranks_that_share_no_files_are_refused() -> None:
+    flags: dict[str, Any] = {"mode": "chunked", "chunked__backend": "ray"}
+    with pytest.raises(
+        ValueError, match="dataset=s3://graphs/papers, run_dir=s3://runs/papers with mode=chunked: .*--volume"
+    ):
+        rendered(**flags)
+    with pytest.raises(ValueError, match="^dataset=s3://graphs/papers with mode=chunked"):
+        rendered(KubernetesOptions(volume=["runs:/runs"]), **flags, run_dir="/runs/deep")
+    assert "RayJob" in rendered(KubernetesOptions(volume=["runs:/runs"]), **flags, **SHARED)
+    with pytest.raises(ValueError, match="run_dir=/runs/deep is on runs:/runs:ro; mount it without `:ro`"):
+        rendered(KubernetesOptions(volume=["runs:/runs:ro"]), **flags, **SHARED)
+    assert "Job" in rendered(mode="chunked", chunked__backend="processes", chunked__stages=2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("s3://a/daily", "s3://b/daily"),
+        ("s3://a/x/daily", "s3://a/y/daily"),
+        ("/runs/Daily!", "/runs/daily?"),
+        ("s3://a/" + "long-" * 30 + "1", "s3://a/" + "long-" * 30 + "2"),
+        ("/runs/тест", "/runs/запуск"),
+        ("/runs/123", "/runs/-123-"),
+    ],
+)
+def test_runs_of_one_name_have_manifests_of_two(one: str, other: str) -> None:
+    names = []
+    for run in (one, other, other):
+        found = rendered(run_dir=run, cluster__replicas=2)
+        assert {document["metadata"]["name"].removesuffix("-config") for document in found.values()} == {
+            name := found["RayJob"]["metadata"]["name"]
+        }
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47  # DNS, and KubeRay's limit
+        names.append(name)
+    assert names[0] != names[1] == names[2]
+
+
+def test_the_example_fits_the_cluster_that_it_names() -> None:
+    text = (DEPLOY / "run-cluster.yaml").read_text()
+    assert "four nodes with a GPU and one without, of\n# 16 cores, 64 GiB and 900 GiB" in text
+    spec = documents()["rayjob.yaml"][1]["spec"]["rayClusterSpec"]
+    pods = [(spec["headGroupSpec"]["template"], 1)]
+    pods += [(group["template"], group["replicas"]) for group in spec["workerGroupSpecs"]]
+    wanted = [needs(pod) for pod, count in pods for _ in range(count)]
+    free = [{"cpu": 15.0, "memory": 58.0, "disk": 850.0, "gpu": float(n < 4)} for n in range(5)]  # less the system's
+    for need in sorted(wanted, key=lambda need: (-need["gpu"], -need["memory"])):
+        rooms = [node for node in free if all(node[name] >= amount for name, amount in need.items())]
+        assert rooms, (need, free)
+        room = min(rooms, key=lambda node: node["gpu"])
+        room.update({name: room[name] - amount for name, amount in need.items()})
+
+
+def needs(pod: Json) -> dict[str, float]:
+    found = pod["spec"]["containers"][0]["resources"]["requests"]
+    memory, disk = (int(found[name].removesuffix("Gi")) for name in ("memory", "ephemeral-storage"))
+    return {"cpu": float(found["cpu"]), "memory": memory, "disk": disk, "gpu": float(found.get("nvidia.com/gpu", 0))}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--force"], "--force: of no effect here"),
+        (["--result-json", "r.json"], "--result-json: of no effect here"),
+        (["--force", "--quiet"], "--force, --quiet: of no effect here"),
+        (["--workers", "2"], "--workers: of no effect in a Job"),
+        (["--auth-secret", "t", "--ray-version", "2.60.0"], "--ray-version, --auth-secret: of no effect in a Job"),
+    ],
+)
+def test_options_without_effect_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["k8s", "render", "s3://graphs/papers", "--run-dir", "s3://runs/papers", *words])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and said in told.err and told.out == ""
+
+
+def test_a_result_is_not_copied_before_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "g", "--run-dir", "r", "--no-wait", "--result-json", "r.json", "--address", "127.0.0.1:1"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and "--result-json r.json with --no-wait" in capsys.readouterr().err
 
 
 def test_the_mounted_configuration_is_the_same_run(tmp_path: Path) -> None:
