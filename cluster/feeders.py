@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from penstock.cluster.feeder import open_feeder
 from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_folder import sweep
 from penstock.cluster.feeder_pool import FeederPool
+from penstock.cluster.head import HeadLost, ask, require_head
+from penstock.cluster.pipeline import PROCESS_BYTES
 from penstock.storage.transfer import Address, new_token
 
 logger = logging.getLogger(__name__)
 
-_START_S = 120.0  # for an actor to be placed and to serve; there may be no room for it
+_START_S = 120.0  # at least, for an actor to be placed and to serve
 _STOP_S = 10.0
 
 
@@ -60,9 +62,12 @@ class FeederActor:
 class FeederHandle:
     """A feeder that Ray was asked for; see `feeder_pool.Handle`."""
 
-    def __init__(self, spec: FeederSpec, token: bytes, options: dict[str, Any], path: Sequence[str]) -> None:
+    def __init__(
+        self, spec: FeederSpec, token: bytes, options: dict[str, Any], path: Sequence[str], wait_s: float
+    ) -> None:
+        self._start_s = max(_START_S, wait_s)
         actor_class: Any = ray.remote(FeederActor)
-        self._actor = actor_class.options(**options).remote(path)
+        self._actor = ask(lambda: actor_class.options(**options).remote(path))
         self._served, self._live = self._actor.serve.remote(spec, token), self._actor.live.remote()
         self._folder, self._asked = spec.folder, time.monotonic()
         self.address: Address | None = None
@@ -70,6 +75,7 @@ class FeederHandle:
 
     def look(self) -> str | None:
         """See `Handle`."""
+        require_head()
         try:
             if self.address is None and ray.wait([self._served], timeout=0)[0]:
                 self.address, self.node, self.pid = ray.get(self._served)
@@ -79,8 +85,8 @@ class FeederHandle:
                 return "it ended"
         except RayError as error:
             return " ".join(str(error).split())
-        if self.address is None and time.monotonic() - self._asked > _START_S:
-            return f"Ray did not start it within {_START_S:.0f} s; see that there are free cores for it"
+        if self.address is None and time.monotonic() - self._asked > self._start_s:
+            return f"Ray did not start it within {self._start_s:.0f} s; see that there are free cores for it"
         return None
 
     def stop(self) -> None:
@@ -91,16 +97,17 @@ class FeederHandle:
                 ray.get(self._actor.stop.remote(), timeout=_STOP_S)
             except (RayError, TimeoutError):
                 self._sweep()
-        ray.kill(self._actor, no_restart=True)
+        with suppress(HeadLost):  # whoever uses Ray next is told
+            ask(lambda: ray.kill(self._actor, no_restart=True))
 
     def _sweep(self) -> None:
-        ray.kill(self._actor, no_restart=True)
         place = NodeAffinitySchedulingStrategy(self.node, soft=False)
         task: Any = ray.remote(sweep)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
         try:
-            options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
-            ray.get(task.options(**options).remote(self._folder), timeout=_STOP_S)
-        except (RayError, TimeoutError) as error:
+            ask(lambda: ray.kill(self._actor, no_restart=True))
+            ask(lambda: ray.get(task.options(**options).remote(self._folder), timeout=_STOP_S))
+        except (RayError, TimeoutError, HeadLost) as error:
             logger.warning("what a feeder left in %s on node %s stays: %s", self._folder, self.node, error)
 
 
@@ -126,6 +133,7 @@ def open_feeder_actors(
     )
     options: dict[str, Any] = {
         "num_cpus": config.feeder_threads,
+        "memory": (memory or 0) + PROCESS_BYTES,
         "resources": config.feeder_resources or None,
         "scheduling_strategy": "SPREAD",
         "max_restarts": 0,
@@ -133,7 +141,10 @@ def open_feeder_actors(
     }
     path = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
     pool = FeederPool(
-        lambda: FeederHandle(spec, token, options, path), token, count=config.feeders, retries=config.retries
+        lambda: FeederHandle(spec, token, options, path, config.wait_s),
+        token,
+        count=config.feeders,
+        retries=config.retries,
     )
     try:
         yield pool

@@ -11,21 +11,20 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from penstock.cluster.head import ask
+
 _POLL_S = 0.05
 _KILL_S = 1.0  # for processes that Ray has told to end; those that a signal stopped do not hear it
 
 
 def node_names() -> dict[str, str]:
     """What people call the nodes, like `10.0.0.3 (worker-a)`, by node id."""
-    return {
-        node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-    }
+    return {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in ask(ray.nodes)}
 
 
 def is_lost(node_id: str) -> bool:
     """Whether a node is no more. Its raylet is asked, since Ray itself takes a quarter of a minute to be sure."""
-    found = [node for node in ray.nodes() if node["NodeID"] == node_id]  # type: ignore[no-untyped-call]
+    found = [node for node in ask(ray.nodes) if node["NodeID"] == node_id]
     if not found or not found[0]["Alive"]:
         return True
     try:
@@ -40,6 +39,12 @@ def ask_nodes(
     function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]], timeout_s: float
 ) -> dict[str, Any]:
     """Call a function on nodes; answers by node id, of those that gave one in time."""
+    return ask(lambda: _ask_nodes(function, arguments, timeout_s)) if arguments else {}
+
+
+def _ask_nodes(
+    function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]], timeout_s: float
+) -> dict[str, Any]:
     task = ray.remote(function)
     refs = {
         node_id: task.options(
@@ -47,8 +52,6 @@ def ask_nodes(
         ).remote(*given)
         for node_id, given in arguments.items()
     }
-    if not refs:
-        return {}
     ready, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
     for ref in late:
         ray.cancel(ref, force=True)

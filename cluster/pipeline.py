@@ -6,7 +6,6 @@ old one may be gone.
 """
 
 import logging
-import math
 import os
 import pickle
 import sys
@@ -23,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from penstock.cluster.actor import HEARTBEATS, RankActor
+from penstock.cluster.head import HeadLost, ask, require_head
 from penstock.cluster.nodes import ask_nodes, end_actors, is_lost, node_names
 from penstock.cluster.placement import (
     Amounts,
@@ -34,7 +34,17 @@ from penstock.cluster.placement import (
     ranks_alone,
 )
 from penstock.cluster.session import open_session
-from penstock.engine.chunked.backend import POLL_S, Board, Poll, RankFailed, WorkerSpec, open_board
+from penstock.cluster.shared import require_seen
+from penstock.engine.chunked.backend import (
+    POLL_S,
+    Board,
+    NodeLost,
+    NoRoomYet,
+    Poll,
+    RankFailed,
+    WorkerSpec,
+    open_board,
+)
 from penstock.engine.chunked.failures import died
 from penstock.engine.chunked.torch_transport import GroupBackend
 from penstock.engine.chunked.worker import OPEN_RANK
@@ -45,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 0.5
 _GRACE_S = 20.0  # for actors that were told to end
+PROCESS_BYTES = 768 << 20  # of a process beside its budget: interpreter, torch, what is mapped of the topology
+_LOOK_S = 0.1
+_NEWS_S = 5.0  # a wait for room that is longer is told
 _STACKS_S = 15.0  # for stacks from other nodes: a process has to start there first
 T = TypeVar("T")
 
@@ -72,9 +85,11 @@ class RayBackend:
         """Ray's node ids by rank."""
         return [node for node, _ in self._places]
 
-    def start(self, backend: GroupBackend, open_rank: str) -> None:
+    def start(self, backend: GroupBackend, open_rank: str, shared: tuple[Path, Path] | None) -> None:
         """Wait until all ranks are open."""
         self._places = self._gather("start", [actor.whereabouts.remote() for actor in self._actors])
+        if shared is not None:
+            require_seen(*shared, set(self.nodes))
         self._hosts = node_names()
         here = ray.get_runtime_context().get_node_id()
         self._far = [rank for rank, node in enumerate(self.nodes) if node != here]
@@ -123,6 +138,7 @@ class RayBackend:
             far=self._far,
         )
         while not watch.is_over:
+            require_head()
             ready = ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0] if pending else ()
             for ref in ready:
                 rank = pending.pop(ref)
@@ -144,17 +160,18 @@ class RayBackend:
             well, value = ray.get(ref, timeout=self._specs[rank].timeout_s)
             (watch.add if well else watch.fail)(rank, pickle.loads(value))
         except RayError as error:  # of the actor, not of what it ran: that comes as a value
-            reason = "was lost with its node" if self._places and is_lost(self.nodes[rank]) else "was lost"
+            has_no_node = bool(self._places) and is_lost(self.nodes[rank])
             failed = died(
                 self._specs[rank],
-                reason,
+                "was lost with its node" if has_no_node else "was lost",
                 self._where(rank),
                 method,
                 arguments,
                 self._board,
                 is_current=rank not in self._far,
             )
-            watch.fail(rank, RankFailed(f"{failed}. Ray says: {' '.join(str(error).split())}"))
+            kind = NodeLost if has_no_node else RankFailed
+            watch.fail(rank, kind(f"{failed}. Ray says: {' '.join(str(error).split())}"))
 
     def _where(self, rank: int) -> str:
         if not self._places:
@@ -200,13 +217,20 @@ class RayBackend:
     def close(self) -> None:
         """End the actors: in good order, or at once if something went wrong. The next ones use the same scratch
         folder."""
+        try:
+            self._close()
+        except HeadLost:  # whoever uses Ray next is told
+            for actor in self._actors:
+                actor.__ray_terminate__.remote()  # goes from process to process
+
+    def _close(self) -> None:
+        require_head()
         if self._usable:
             refs = [actor.stop.remote() for actor in self._actors]
             ready, late = ray.wait(refs, num_returns=len(refs), timeout=_GRACE_S)
             if late:
                 logger.warning("%d ranks did not end within %.0f s; they are killed", len(late), _GRACE_S)
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
+        ask(lambda: [ray.kill(actor, no_restart=True) for actor in self._actors])
         left = end_actors([pid for rank, pid in enumerate(self.pids) if rank not in self._far], _GRACE_S)
         if not self._usable:
             far = {self.nodes[rank] for rank in self._far}
@@ -232,36 +256,40 @@ def _absolute(value: T) -> T:
     return replace(value, **changes)  # type: ignore[type-var]
 
 
-def _gpus_per_rank(specs: Sequence[WorkerSpec]) -> float:
-    """A GPU for each rank, or an equal share where there are fewer; ValueError where there is none."""
+def _gpus_per_rank(specs: Sequence[WorkerSpec], ranks_per_replica: int, gpus_per_replica: float | None) -> float:
+    """A GPU for each rank, or its share of what a replica is to have. What is free now decides nothing: an autoscaler
+    starts nodes for what was asked for."""
     if not specs[0].device.startswith("cuda"):
         return 0.0
-    count = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    if count == 0:
-        raise ValueError(f"device={specs[0].device}, but Ray knows of no GPU in the cluster; set device to cpu")
-    return 1.0 / math.ceil(len(specs) / count)
+    share = 1.0 if gpus_per_replica is None else gpus_per_replica / ranks_per_replica
+    if share > 1.0:
+        raise ValueError(
+            f"cluster.gpus_per_replica={gpus_per_replica:g} is more than one for each of the {ranks_per_replica} ranks "
+            f"of a replica, which use one; set {ranks_per_replica} or less"
+        )
+    return share
 
 
 def _place(
     specs: Sequence[WorkerSpec],
     gpus: float,
-    groups: Sequence[Sequence[int]] | None,
+    memory: int,
+    groups: Sequence[Sequence[int]],
     resources: Amounts | None,
     strategy: Strategy | None,
 ) -> Placement:
     """Place replicas on the nodes there are; where they have no room, an autoscaler may bring others."""
-    layout = specs[0].layout
-    groups = groups or [layout.ranks_of(replica) for replica in range(layout.replicas)]
     wanted: dict[str, Any] = {
         "cpus_per_rank": float(max(spec.threads for spec in specs)),
         "gpus_per_rank": gpus,
+        "memory_per_rank": memory,
         "resources": resources,
     }
     if strategy is not None:
         return ranks_alone(groups, **wanted, strategy=strategy, reason="as the caller wants it")
     nodes = [
         NodeResources(name=node["NodeManagerHostname"], amounts=node["Resources"])
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        for node in ask(ray.nodes)
         if node["Alive"]
     ]
     try:
@@ -270,22 +298,40 @@ def _place(
         return ranks_alone(groups, **wanted, reason=str(error))
 
 
-def _reserve(placement: Placement, num_ranks: int, patience_s: float) -> PlacementGroup:
-    """Make the placement group; ValueError where the cluster has no room for it in time."""
+def _reserve(placement: Placement, num_ranks: int, wait_s: float) -> PlacementGroup:
+    """Make the placement group; NoRoomYet where the cluster has no room for it in time."""
     bundles, strategy = list(placement.bundles), placement.strategy
-    group: PlacementGroup = placement_group(bundles, strategy=strategy, name="penstock")
-    if not group.wait(patience_s):
-        remove_placement_group(group)
-        found = ray.available_resources()  # type: ignore[no-untyped-call]
-        free = {name: found.get(name, 0.0) for name in ("CPU", "GPU", *bundles[0])}
+    group: PlacementGroup = ask(lambda: placement_group(bundles, strategy=strategy, name="penstock"))
+    if not _comes(group, min(wait_s, _NEWS_S)):
         each = "" if len(bundles) == num_ranks else f" in {len(bundles)} bundles"
-        raise ValueError(
-            f"no room for {num_ranks} ranks{each} of {bundles[0]} with strategy={strategy} within {patience_s:.0f} s "
-            f"({placement.reason}); free in the cluster: {free}; lower replicas, threads, stages or parts, add nodes, "
-            "or raise the timeout"
-        )
+        wanted = f"room for {num_ranks} ranks{each} of {bundles[0]} with strategy={strategy}"
+        logger.warning("waiting for %s, for %.0f s at most (cluster.wait_s): %s", wanted, wait_s, placement.reason)
+        if not _comes(group, wait_s - _NEWS_S):
+            _give_back(group)
+            found: dict[str, float] = ask(ray.available_resources)
+            free = {name: found.get(name, 0.0) for name in ("CPU", "GPU", *bundles[0])}
+            raise NoRoomYet(
+                f"no {wanted} within {wait_s:.0f} s ({placement.reason}); free in the cluster: {free}; run again when "
+                "there is, add nodes, raise cluster.wait_s for nodes that an autoscaler starts, or lower replicas, "
+                "threads, stages or parts"
+            )
     logger.info("%d bundles with strategy %s: %s", len(bundles), strategy, placement.reason)
     return group
+
+
+def _comes(group: PlacementGroup, wait_s: float) -> bool:
+    """Whether there is room in time; looks now and then, since `ask` is for short calls."""
+    ends = time.monotonic() + wait_s
+    while not ask(lambda: group.wait(_LOOK_S)):
+        if time.monotonic() >= ends:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+def _give_back(group: PlacementGroup) -> None:
+    with suppress(HeadLost):  # then nobody keeps it
+        ask(lambda: remove_placement_group(group))
 
 
 @contextmanager
@@ -296,40 +342,52 @@ def open_ray(
     strategy: Strategy | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     resources: Amounts | None = None,
+    gpus_per_replica: float | None = None,
+    memory_bytes: int = 0,
+    wait_s: float = 600.0,
+    shared: tuple[Path, Path] | None = None,
     open_rank: str = OPEN_RANK,
 ) -> Iterator[RayBackend]:
     """Start one actor per rank; they have ended when the context is left, and so has Ray if it was started here.
 
     Ranks on other nodes find the run's files under the same paths. `groups` are ranks that belong together, the
-    layout's replicas unless told, and `resources` what each group needs besides CPUs and GPUs; see `placement`. With a
-    `strategy` ranks are placed one by one. `open_rank` is as in `open_processes`. ValueError where the cluster has no
-    room within the ranks' timeout.
+    layout's replicas unless told, and `resources` what each group needs besides; see `placement`. `memory_bytes` is
+    the budget of all of them together: Ray is asked for each one's share, and for what a process holds besides. With a
+    `strategy` ranks are placed one by one. `open_rank` is as in `open_processes`. NoRoomYet where the cluster has no
+    room within `wait_s`: an autoscaler may bring some. ValueError where nodes lack the `shared` graph or folder.
     """
     specs = [_absolute(spec) for spec in specs]
     with ExitStack() as stack:
         num_cpus = max(os.cpu_count() or 1, sum(spec.threads for spec in specs))
         stack.enter_context(open_session(address, specs[0].scratch, num_cpus=num_cpus))
-        gpus = _gpus_per_rank(specs)
-        placement = _place(specs, gpus, groups, resources, strategy)
-        group = _reserve(placement, len(specs), specs[0].timeout_s)
-        stack.callback(remove_placement_group, group)
+        layout = specs[0].layout
+        groups = groups or [layout.ranks_of(replica) for replica in range(layout.replicas)]
+        gpus = _gpus_per_rank(specs, len(groups[0]), gpus_per_replica)
+        memory = memory_bytes // len(specs) + PROCESS_BYTES
+        placement = _place(specs, gpus, memory, groups, resources, strategy)
+        group = _reserve(placement, len(specs), wait_s)
+        stack.callback(_give_back, group)
         decorate: Any = ray.remote(concurrency_groups={HEARTBEATS: 1})  # type: ignore[call-overload]  # Ray's types lack it
         actor_class = decorate(RankActor)
         path = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
         if gpus:  # each actor sees the GPU that Ray gives it, and no other
             specs = [replace(spec, device="cuda:0") for spec in specs]  # type: ignore[type-var]
-        actors = [
-            actor_class.options(
-                num_cpus=spec.threads,
-                num_gpus=gpus,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
+        options = [
+            {
+                "num_cpus": spec.threads,
+                "num_gpus": gpus,
+                "memory": memory,
+                "max_restarts": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=placement.bundle_of_rank[spec.rank]
                 ),
-            ).remote(spec, path)
+            }
             for spec in specs
         ]
+        actors = ask(
+            lambda: [actor_class.options(**own).remote(spec, path) for spec, own in zip(specs, options, strict=True)]
+        )
         ranks = RayBackend(specs, open_board(specs), actors)
         stack.callback(ranks.close)
-        ranks.start("nccl" if gpus == 1 else "gloo", open_rank)
+        ranks.start("nccl" if gpus == 1 else "gloo", open_rank, shared)
         yield ranks

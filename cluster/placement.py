@@ -58,9 +58,10 @@ def _shared(amount: float, ranks: int) -> float:
     return max(_GRAIN, math.floor(amount / ranks / _GRAIN + 1e-6) * _GRAIN)
 
 
-def _bundle(cpus: float, gpus: float, resources: Amounts) -> dict[str, float]:
-    """What a placement group takes: nothing that is zero."""
-    return {name: round(amount, 4) for name, amount in {"CPU": cpus, "GPU": gpus, **resources}.items() if amount > 0}
+def _bundle(cpus: float, gpus: float, memory: int, resources: Amounts) -> dict[str, float]:
+    """What a placement group takes: nothing that is zero. `memory` is what Ray calls bytes of it."""
+    amounts = {"CPU": cpus, "GPU": gpus, "memory": float(memory), **resources}
+    return {name: round(amount, 4) for name, amount in amounts.items() if amount > 0}
 
 
 def ranks_alone(
@@ -68,6 +69,7 @@ def ranks_alone(
     *,
     cpus_per_rank: float,
     gpus_per_rank: float = 0.0,
+    memory_per_rank: int = 0,
     resources: Amounts | None = None,
     strategy: Strategy = "PACK",
     reason: str,
@@ -75,7 +77,12 @@ def ranks_alone(
     """One bundle for each rank, whatever the nodes are."""
     needs = resources or {}
     bundle_of = {
-        rank: _bundle(cpus_per_rank, gpus_per_rank, {name: _shared(a, len(group)) for name, a in needs.items() if a})
+        rank: _bundle(
+            cpus_per_rank,
+            gpus_per_rank,
+            memory_per_rank,
+            {name: _shared(amount, len(group)) for name, amount in needs.items() if amount},
+        )
         for group in groups
         for rank in group
     }
@@ -85,9 +92,16 @@ def ranks_alone(
 
 
 def _groups_whole(
-    groups: Sequence[Sequence[int]], cpus_per_rank: float, gpus_per_rank: float, resources: Amounts
+    groups: Sequence[Sequence[int]],
+    cpus_per_rank: float,
+    gpus_per_rank: float,
+    memory_per_rank: int,
+    resources: Amounts,
 ) -> Placement:
-    bundles = tuple(_bundle(len(group) * cpus_per_rank, len(group) * gpus_per_rank, resources) for group in groups)
+    bundles = tuple(
+        _bundle(len(group) * cpus_per_rank, len(group) * gpus_per_rank, len(group) * memory_per_rank, resources)
+        for group in groups
+    )
     places = {rank: number for number, group in enumerate(groups) for rank in group}
     return Placement(
         bundles=bundles,
@@ -102,6 +116,7 @@ def plan_placement(
     *,
     cpus_per_rank: float,
     gpus_per_rank: float = 0.0,
+    memory_per_rank: int = 0,
     nodes: Sequence[NodeResources],
     resources: Amounts | None = None,
 ) -> Placement:
@@ -113,14 +128,14 @@ def plan_placement(
     ranks = sorted(rank for group in groups for rank in group)
     if ranks != list(range(len(ranks))) or not all(groups):
         raise ValueError(f"groups={groups} must have each of the ranks 0, 1, ... once, and no group may be empty")
-    wanted = {"cpus_per_rank": cpus_per_rank, "gpus_per_rank": gpus_per_rank, "resources": resources}
-    whole = _groups_whole(groups, cpus_per_rank, gpus_per_rank, resources or {})
+    wanted = {"cpus_per_rank": cpus_per_rank, "gpus_per_rank": gpus_per_rank, "memory_per_rank": memory_per_rank}
+    whole = _groups_whole(groups, **wanted, resources=resources or {})  # type: ignore[arg-type]
     if len(groups) > 1 and _fits(whole.bundles, nodes):
         return whole
     why = "there is one replica" if len(groups) == 1 else f"no node has room for a replica of {whole.bundles[0]}"
     if len(groups) > 1 and any(_has(node.amounts, whole.bundles[0]) for node in nodes):
         why = f"the nodes have room for fewer than {len(groups)} whole replicas of {whole.bundles[0]}"
-    alone = ranks_alone(groups, **wanted, reason=f"{why}, so ranks are placed one by one")  # type: ignore[arg-type]
+    alone = ranks_alone(groups, **wanted, resources=resources, reason=f"{why}, so ranks are placed one by one")  # type: ignore[arg-type]
     if not _fits(alone.bundles, nodes):
         raise NoRoom(_lack(alone.bundles, nodes))
     return alone
@@ -132,5 +147,6 @@ def _lack(bundles: Sequence[Amounts], nodes: Sequence[NodeResources]) -> str:
     has = "; ".join(f"{node.name}: { {name: node.amounts.get(name, 0.0) for name in names} }" for node in nodes)
     return (
         f"{len(bundles)} ranks of {bundles[0]}, {needed} in all, do not fit the cluster's nodes ({has or 'none'}); "
-        "lower cluster.replicas, stages, parts or threads, change cluster.replica_resources, or add nodes"
+        "lower cluster.replicas, stages, parts, threads, host memory or cluster.gpus_per_replica, change "
+        "cluster.replica_resources, or add nodes"
     )

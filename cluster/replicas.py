@@ -1,5 +1,6 @@
 """Where replicas of sampled training run on Ray: how wide, on which nodes, and with which feeders."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,12 +24,15 @@ class RayPlace:
         self._config = config
         cluster: ClusterConfig = config.cluster
         self.threads: int = config.train.threads or threads_per_replica(alive_nodes(), cluster)
-        self.num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+        self.replicas_per_gpu = math.ceil(1 / (cluster.gpus_per_replica or 1.0))
         self.open_backend = partial(
             open_ray,
             open_rank=open_rank,
             groups=[[rank] for rank in range(cluster.replicas)],
             resources=cluster.replica_resources or None,
+            gpus_per_replica=cluster.gpus_per_replica,
+            memory_bytes=cluster.replicas * (config.budgets.host_memory or 0),
+            wait_s=cluster.wait_s,
         )
 
     def hosts(self, backend: Any, count: int) -> list[str]:

@@ -5,9 +5,8 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 import ray
 
 from penstock.cluster.config import ClusterConfig
-from penstock.engine.supervision.policy import EXIT_STOPPED
+from penstock.cluster.head import ask, head_watched
 
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
-_HEAD_S = 15.0  # a head that was restarted in place, with its state in Redis, is back by then
-_HEAD_GAP_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +45,11 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
     """Join the cluster at `address` (`auto`: RAY_ADDRESS, else this machine's), or start one (`local`, or None where
     RAY_ADDRESS is not set) with so many CPUs; leave it behind. A session that is open already is used.
 
-    ValueError where there is no cluster to join.
+    ValueError where there is no cluster to join. HeadLost, from what asks Ray meanwhile, where its head is lost.
     """
     if ray.is_initialized():
-        yield
+        with head_watched():
+            yield
         return
     here, handlers = Path.cwd(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +68,13 @@ def open_session(address: str | None, folder: Path, *, num_cpus: int) -> Iterato
         ) from error
     finally:
         os.chdir(here)
-    _handle_again(handlers)
-    with _head_watched():
+        _handle_again(handlers)
+    with head_watched() as lost:
         try:
             yield
         finally:
-            ray.shutdown()
+            if not lost.is_set():
+                ray.shutdown()
 
 
 def _require_head(address: str | None) -> None:
@@ -88,41 +87,11 @@ def _require_head(address: str | None) -> None:
             raise ConnectionError(str(error)) from error
 
 
-@contextmanager
-def _head_watched() -> Iterator[None]:
-    """End this process, to be run again, once the head has not answered for `_HEAD_S`.
-
-    Nothing gentler helps: calls to Ray block then, and after a minute Ray ends the process without saying what to do.
-    """
-    host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
-    over = threading.Event()
-
-    def watch() -> None:
-        heard = time.monotonic()
-        while not over.wait(_HEAD_GAP_S):
-            with suppress(OSError):
-                socket.create_connection((host, int(port)), timeout=_HEAD_GAP_S).close()
-                heard = time.monotonic()
-            if time.monotonic() - heard > _HEAD_S:
-                place = f"{host}:{port}"
-                logger.error("Ray's head at %s is lost; run the same command again, with the new one's address", place)
-                logging.shutdown()
-                os._exit(EXIT_STOPPED)
-
-    thread = threading.Thread(target=watch, name="penstock-head", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def _handle_again(handlers: Mapping[signal.Signals, Any]) -> None:
     """Install a program's own handlers again: Ray puts one in their place that ends the process, unsaved."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            if callable(handler):
+            if handler is not None:  # of C code, which cannot be put back
                 signal.signal(number, handler)
 
 
@@ -135,7 +104,7 @@ def alive_nodes() -> list[Node]:
             address=node["NodeManagerAddress"],
             amounts=node["Resources"],
         )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        for node in ask(ray.nodes)
         if node["Alive"]
     ]
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from penstock.chunked_prepare import PreparedRanks, prepare_ranks
@@ -27,6 +28,7 @@ from penstock.observation import Observation
 from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.schedule_plot import draw_schedule
+from penstock.storage.budget import num_threads
 from penstock.storage.graph import Split
 
 
@@ -41,15 +43,41 @@ def find_backend(config: RunConfig) -> OpenBackend:
     require("ray", "ray")
     from penstock.cluster.pipeline import open_ray
 
-    return partial(open_ray, address=cluster.address, resources=cluster.replica_resources)
+    return partial(
+        open_ray,
+        address=cluster.address,
+        resources=cluster.replica_resources,
+        gpus_per_replica=cluster.gpus_per_replica,
+        memory_bytes=config.budgets.host_memory or 0,
+        wait_s=cluster.wait_s,
+        shared=(config.dataset, config.run_dir),
+    )
+
+
+def _require_shared(config: RunConfig) -> None:
+    """ValueError, before any work, where ranks would go to nodes that do not see the run's files."""
+    cluster = config.cluster
+    if cluster.address == "local" or (cluster.address is None and config.chunked.backend != "ray"):
+        return
+    require("ray", "ray")
+    from penstock.cluster.shared import require_shared
+
+    require_shared(
+        config.dataset,
+        config.run_dir,
+        address=cluster.address,
+        resources=cluster.replica_resources,
+        num_cpus=num_threads(),
+    )
 
 
 def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation) -> ChunkedResult:
     config = run.config
     evaluate: tuple[Split, ...] = ("valid",) if run.evaluates else ()
+    budgets = config.budgets.model_copy(update={"host_memory": run.budgets.host_bytes})  # what ranks share
     trainer = ChunkedTrainer(
         prepared.specs,
-        find_backend(config),
+        find_backend(config.model_copy(update={"budgets": budgets})),
         checkpoints=run.path / "checkpoints",
         metrics=run.path / "metrics.jsonl",
         evaluate=evaluate,
@@ -62,6 +90,12 @@ def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation
     return trainer.run()
 
 
+def _own_device(run: Run) -> str:
+    """Where the driver computes: ranks elsewhere may have GPUs that it has not, as on Kubernetes."""
+    device = run.config.train.device
+    return device if device == "cpu" or torch.cuda.is_available() else "cpu"
+
+
 def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
     if not run.evaluates:
         return {}
@@ -72,7 +106,7 @@ def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
         run.path / "exact" / "train",
         host_memory=run.budgets.host_bytes,
         threads=run.threads,
-        device=run.config.train.device,
+        device=_own_device(run),
         progress=run.progress,
     )
 
@@ -114,6 +148,7 @@ def _straggler(trained: ChunkedResult) -> dict[str, Any] | None:
 def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on the whole graph; returns the sections of `result.json`."""
     started = time.perf_counter()
+    _require_shared(run.config)
     prepared = prepare_ranks(run)
     prepare_s = time.perf_counter() - started
     cut = {"chunked.partition": prepared.chunks.meta.method, "chunked.parts": prepared.layout.parts}

@@ -6,7 +6,6 @@ writes, so a run may go on with any number of replicas.
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -73,7 +72,7 @@ class ReplicaWorkers:
 
     def _fed(self, feeders: Directory) -> Fed:
         run = self._run
-        feeders.wait_ready(run.config.cluster.timeout_s)
+        feeders.wait_ready(run.config.cluster.wait_s)
         splits: tuple[Split, ...] = ("train", *run.evaluated_splits)
         return Fed(
             directory=feeders.address,
@@ -210,8 +209,8 @@ class Replicated:
     restarts: int
 
 
-def replica_specs(run: Run, threads: int, num_gpus: int = 0) -> list[ReplicaSpec]:
-    """One spec per replica, with absolute paths; they share `num_gpus` GPUs, where there are any."""
+def replica_specs(run: Run, threads: int, per_gpu: int = 1) -> list[ReplicaSpec]:
+    """One spec per replica, with absolute paths; so many of them share a GPU, where they use any."""
     config, count = run.config, run.config.cluster.replicas
     absolute = {name: getattr(config, name).absolute() for name in ("dataset", "run_dir")}
     if config.remote.stage_dir is not None:
@@ -226,7 +225,7 @@ def replica_specs(run: Run, threads: int, num_gpus: int = 0) -> list[ReplicaSpec
             device=config.train.device,
             timeout_s=config.cluster.timeout_s,
             config=config,
-            per_gpu=math.ceil(count / max(1, num_gpus)),
+            per_gpu=per_gpu,
         )
         for rank in range(count)
     ]
@@ -240,7 +239,7 @@ class Place(Protocol):
     @property
     def threads(self) -> int: ...
     @property
-    def num_gpus(self) -> int: ...
+    def replicas_per_gpu(self) -> int: ...
 
     def hosts(self, backend: Any, count: int) -> list[str]:
         """The host of every replica, by name."""
@@ -293,7 +292,7 @@ def train_replicas(run: Run, place: Place, watch: Observation) -> Replicated:
     RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop;
     ValueError, before anything starts, where there are fewer items than replicas can share.
     """
-    specs = replica_specs(run, place.threads, place.num_gpus)
+    specs = replica_specs(run, place.threads, place.replicas_per_gpu)
     num_items = count_items(run.graph, "train", run.config.sampler.batch_size)
     deal_items(run.config, "train", len(specs) - 1, len(specs), num_items)
 

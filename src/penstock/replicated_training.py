@@ -1,5 +1,6 @@
 """The main job on replicas: choose where they run, train, score, report."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class _Here:
         cluster = run.config.cluster
         self._run = run
         self.threads = run.config.train.threads or max(1, num_threads() // cluster.replicas)
-        self.num_gpus = torch.cuda.device_count()
+        self.replicas_per_gpu = math.ceil(cluster.replicas / max(1, torch.cuda.device_count()))
         self.open_backend = partial(open_processes, open_rank=OPEN_REPLICA)
 
     def hosts(self, backend: Any, count: int) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from patience import Deadline, allowed_s
 from ray.cluster_utils import Cluster
 
 from penstock.storage.generate import GenerateConfig, generate_graph
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 KILLS = int(os.environ.get("PENSTOCK_KILLS", "0"))
 only_when_asked = pytest.mark.skipif(KILLS == 0, reason="set PENSTOCK_KILLS to a number of kills")
-SILENCE_S = 30.0
+SILENCE_S = 30.0  # of an idle machine
 POLL_S = 0.1
 EPOCHS = 24
 RETRY = 75
@@ -51,7 +52,7 @@ OPTIONS = {
     "budgets.host_memory": "64MiB",
     "cluster.replica_resources": '{"trainer": 1}',
     "cluster.feeder_resources": '{"feeder": 1}',
-    "cluster.timeout_s": "60",  # a hang that only the watchdog ends is longer than SILENCE_S
+    "cluster.timeout_s": "600",  # a hang that only the watchdog ends is longer than SILENCE_S, also on a busy machine
 }
 
 
@@ -134,6 +135,7 @@ class Job:
             self.process = subprocess.Popen(words, cwd=self.run.parent, stdout=log, stderr=log)
         self._seen[self.process.pid] = psutil.Process(self.process.pid)
         self._began_s = self._moved_s = time.monotonic()
+        self._silence = Deadline(SILENCE_S)
         self.starts += 1
 
     @property
@@ -154,9 +156,9 @@ class Job:
         self.longest_s = max(self.longest_s, now_s - self._moved_s)
         code = self.process.poll()
         if (saved, sizes) != self._progress or code is not None:
-            self._progress, self._moved_s = (saved, sizes), now_s
-        if now_s - self._moved_s > SILENCE_S:
-            self.fail(f"nothing moved for {SILENCE_S:.0f} s")
+            self._progress, self._moved_s, self._silence = (saved, sizes), now_s, Deadline(SILENCE_S)
+        if self._silence.is_over:
+            self.fail(f"nothing moved for {now_s - self._moved_s:.0f} s, {SILENCE_S:.0f} s of an idle machine")
         return code
 
     def step(self) -> int:
@@ -181,9 +183,9 @@ class Job:
 
     def leaves_nobody(self) -> None:
         """All actors and drivers end, soon."""
-        ends = time.monotonic() + SILENCE_S
+        deadline = Deadline(SILENCE_S)
         while left := [process for process in self._seen.values() if is_alive(process)] or self.machines.actors():
-            if time.monotonic() > ends:
+            if deadline.is_over:
                 self.fail(f"{left} are still there")
             time.sleep(POLL_S)
         assert not list((self.run.parent / "stage").glob("feeders/*"))
@@ -353,7 +355,7 @@ def test_a_frozen_replica_is_named_with_stacks(launch: Callable[..., Job], strai
     began = time.monotonic()
     named = rf"replica \d of 0\.\.1 did not move for [^;]* more than timeout_s=10 \(process {frozen.pid} on node "
     assert job.wait(lambda: re.search(named, job.text()) is not None) is None, job.text()
-    assert time.monotonic() - began < 10 + 15
+    assert time.monotonic() - began < allowed_s(10 + 15)
     stacks = next(job.run.parent.rglob("stacks.txt")).read_text()
     assert stacks.count("== replica ") == 2
     assert f"process {frozen.pid} on node" in stacks and "stopped by a signal (SIGSTOP)" in stacks
@@ -386,7 +388,7 @@ def test_a_lost_head_node_costs_no_progress(launch: Callable[..., Job], straight
     address = job.machines.address
     job.machines.kill_all()
     assert job.wait() == RETRY, job.text()
-    assert f"Ray's head at {address} is lost; run the same command again" in job.text()
+    assert f"Ray's head at {address} has not answered for 15 s; run the same command again" in job.text()
     job.machines.start()
     job.start()
     assert job.wait() == 0, job.text()
