@@ -107,20 +107,6 @@ class RunConfig(BaseModel):
         return {**value, "sampler": sampler, "model": model}
 
     @model_validator(mode="after")
-    def _asks_for_gpus_it_uses(self) -> "RunConfig":
-        gpus, is_on_ray = self.cluster.gpus_per_replica, self.cluster.address is not None
-        if gpus is not None and not (self.train.device.startswith("cuda") and (is_on_ray or self._has_ray_ranks)):
-            raise ValueError(
-                f"cluster.gpus_per_replica={gpus:g} is what Ray is asked for where train.device is cuda, and here "
-                f"train.device={self.train.device}, cluster.address={self.cluster.address}; leave it out, or set both"
-            )
-        return self
-
-    @property
-    def _has_ray_ranks(self) -> bool:
-        return self.mode == "chunked" and self.chunked.backend == "ray"
-
-    @model_validator(mode="after")
     def _is_consistent(self) -> "RunConfig":
         refuse_ineffective(self)
         if self.mode == "chunked":

@@ -145,6 +145,12 @@ EFFECTS: tuple[Effect, ...] = (
     ),
     Effect(("cluster.feeder_resources", "cluster.replica_resources"), "Ray: a cluster.address", _on_ray),
     Effect(
+        ("cluster.gpus_per_replica",),
+        "train.device=cuda on Ray: a cluster.address",
+        lambda c: c.train.device.startswith("cuda") and _on_ray(c),
+    ),
+    Effect(("cluster.wait_s",), "Ray (a cluster.address) or feeders", lambda c: _on_ray(c) or c.cluster.feeders > 0),
+    Effect(
         ("remote.stage_dir",),
         "data at a URI, replicas or feeders",
         lambda c: c.remote.dataset is not None or c.remote.run_dir is not None or c.has_replicas,

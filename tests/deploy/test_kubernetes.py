@@ -232,11 +232,9 @@ def test_pods_have_the_gpus_that_ray_is_asked_for(gpus: float | None, workers: i
 
 
 def test_gpus_that_nobody_uses_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"gpus_per_replica=0.5 .* train.device=cpu, cluster.address=auto; leave it out"
-    ):
+    with pytest.raises(ValueError, match="cluster.gpus_per_replica=0.5 has no effect here"):
         rendered(cluster__replicas=2, cluster__address="auto", cluster__gpus_per_replica=0.5)
-    with pytest.raises(ValueError, match="cluster.address=None"):
+    with pytest.raises(ValueError, match="cluster.gpus_per_replica=1.0 has no effect here"):
         rendered(cluster__replicas=2, train__device="cuda", cluster__gpus_per_replica=1)
 
 
