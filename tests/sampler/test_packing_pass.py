@@ -77,15 +77,16 @@ def test_packing_killed_at_random_moments_gives_the_same_bytes(
     duration = time.monotonic() - started
 
     out, rng, kills = tmp_path / "killed", np.random.default_rng(5), 0
-    settings = (out, "none", dtype, disk, memory)
-    for _ in range(5):
-        process = start(wide_graph, wide_trace, *settings)
+    settings = (out, "none", dtype, disk)
+    for _ in range(8):
+        given = int(rng.choice([memory, memory + 400_000, 16 << 20]))  # another budget after each kill
+        process = start(wide_graph, wide_trace, *settings, given)
         assert process.stdout is not None and process.stdout.readline().strip() == layout
         time.sleep(float(rng.uniform(0.02, 0.6)) * duration)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.stdout.close()
-    with start(wide_graph, wide_trace, *settings) as process:
+    with start(wide_graph, wide_trace, *settings, 8 << 20) as process:
         assert process.communicate()[0].split() == [layout, "done"] and process.returncode == 0
     assert kills > 0 and is_complete(out)
     assert files_of(out) == files_of(tmp_path / "whole")
