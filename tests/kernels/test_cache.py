@@ -24,6 +24,7 @@ def read_only(command: list[str], tmp: Path, **environment: str) -> "subprocess.
     )
 
 
+@pytest.mark.slow  # every process compiles its kernels
 @pytest.mark.skipif(not has_namespaces(), reason="needs root and mount namespaces")
 def test_verbs_work_on_a_read_only_install_without_a_home(tmp_path: Path) -> None:
     penstock = [sys.executable, "-P", "-m", "penstock"]
