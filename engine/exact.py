@@ -196,10 +196,19 @@ class _Pass:
         if available < least:
             raise DoesNotFit(
                 f"layer {self.out.layer} needs {format_bytes(hub_bytes)} for the node with {max_degree} in-neighbours "
-                f"and {format_bytes(read_bytes)} to read, host_memory is {format_bytes(host_memory)}; give it at least "
-                f"{least + self._loop_bytes} bytes, or evaluate on sampled neighbours"
+                f"and {format_bytes(read_bytes)} to read, it has {format_bytes(host_memory)}; use --host-memory "
+                f"{least + self._loop_bytes} or more, or evaluate on sampled neighbours",
+                host_bytes=least + self._loop_bytes,
             )
         return False, available - read_bytes
+
+    def lacks(self, host_memory: int) -> DoesNotFit | None:
+        """The error of `split_budget`, if it is one."""
+        try:
+            self.split_budget(host_memory)
+        except DoesNotFit as error:
+            return error
+        return None
 
     def run(self, key: dict[str, Any], host_memory: int, progress: Progress) -> None:
         """Write the layer's table, then the marker that says so."""
@@ -327,6 +336,43 @@ def _run_layers(
     progress: Progress,
 ) -> LayerTable:
     scratch.mkdir(parents=True, exist_ok=True)
+    passes, probes = _make_passes(model, graph, scratch, threads, device, targets, total)
+    common = table_key(model, graph, device=device, host_memory=host_memory)
+    keys = [{**common, "probes": probes[:n], "targets": _digest(one.out.ids)} for n, one in enumerate(passes, 1)]
+    due = [(one, key) for one, key in zip(passes, keys, strict=True) if not one.is_finished(key)]
+    _require_memory([one for one, _ in due], host_memory)
+    for one, key in due:
+        one.run(key, host_memory, progress)
+    return passes[-1].out
+
+
+def require_exact_memory(
+    model: nn.Module, graph: GraphStore, *, host_memory: int, targets: NDArray[Any] | None = None
+) -> None:
+    """DoesNotFit, naming the smallest that would do, where `exact_embeddings` could not work; nothing is computed."""
+    model.eval()
+    total = count_layers(model)
+    with torch.no_grad():
+        passes, _ = _make_passes(model, graph, Path(), 1, torch.device("cpu"), targets, total)
+    _require_memory(passes, host_memory)
+
+
+def _require_memory(passes: list[_Pass], host_memory: int) -> None:
+    lacking = [error for one in passes if (error := one.lacks(host_memory)) is not None]
+    if lacking:
+        raise max(lacking, key=lambda error: error.host_bytes or 0)
+
+
+def _make_passes(
+    model: nn.Module,
+    graph: GraphStore,
+    scratch: Path,
+    threads: int,
+    device: torch.device,
+    targets: NDArray[Any] | None,
+    total: int,
+) -> tuple[list[_Pass], list[Any]]:
+    """The layers that are to be computed, and what tells each from others."""
     ids = None if targets is None else np.unique(targets)
     widths, probes = probe_layers(model, graph.meta.num_features, total, device)
     loops = count_self_loops(graph) if _needs_degrees(model) else None
@@ -337,14 +383,7 @@ def _run_layers(
         path = scratch / f"layer-{layer}.npy"
         out = LayerTable(path=path, layer=layer, num_rows=num_rows, width=widths[layer], ids=last)
         passes.append(_Pass(model, graph, passes[-1].out if passes else None, out, threads, loops))
-    common = table_key(model, graph, device=device, host_memory=host_memory)
-    keys = [{**common, "probes": probes[:n], "targets": _digest(one.out.ids)} for n, one in enumerate(passes, 1)]
-    due = [(one, key) for one, key in zip(passes, keys, strict=True) if not one.is_finished(key)]
-    for one, _ in due:
-        one.split_budget(host_memory)  # all of them before the first is computed
-    for one, key in due:
-        one.run(key, host_memory, progress)
-    return passes[-1].out
+    return passes, list(probes)
 
 
 def _digest(ids: NDArray[Any] | None) -> str:

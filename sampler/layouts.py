@@ -208,7 +208,8 @@ def choose_layout(recording: Recording, terms: Terms) -> Choice:
                 raise DoesNotFit(
                     f"shared segments need {format_bytes(shared.max_extent_bytes)} per item in flight, --host-memory "
                     f"leaves {format_bytes(terms.max_extent_bytes)}; use {2 * lacking} bytes more of --host-memory, "
-                    f"or --disk {private.disk_bytes}"
+                    f"or --disk {private.disk_bytes}",
+                    disk_bytes=private.disk_bytes,
                 )
             if rolling is None or (lacking <= 0 and shared.total_s <= rolling.total_s):
                 return shared

@@ -12,6 +12,7 @@ from penstock.storage import cgroup
 from penstock.storage.errors import DoesNotFit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_TOO_LARGE = 1 << 60  # sums of a few of them are to stay within 64 bits
 _UNITS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
 _UNITS |= {f"{unit}IB": factor for unit, factor in _UNITS.items() if unit not in ("", "B")}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -20,12 +21,23 @@ _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def parse_bytes(text: int | str) -> int:
     """Read `4GiB`, `512M`, `1.5 GB` or a plain number; binary unless the unit is KB, MB, GB or TB.
 
-    Raises ValueError for anything else, and for negative sizes.
+    Raises ValueError for anything else, for negative sizes, and for those that no machine has.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
     if not match or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 512MiB, 4GiB or 1000000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size >= _TOO_LARGE:
+        raise ValueError(f"{text!r} is more than any machine has; write for example 512MiB, 4GiB or 1000000")
+    return int(size)
+
+
+def parse_memory(text: int | str) -> int:
+    """`parse_bytes` of memory to work in; ValueError where it is less than a byte too."""
+    size = parse_bytes(text)
+    if size < 1:
+        raise ValueError(f"{text!r} is no memory to work in; write for example 512MiB, 4GiB or 1000000")
+    return size
 
 
 def format_bytes(num_bytes: float) -> str:

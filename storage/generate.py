@@ -231,7 +231,9 @@ def generate_graph(out: Path, config: GenerateConfig, *, host_memory: int, progr
     """
     needed = _MIN_MEMORY + 4 * (4 * config.num_features)
     if host_memory < needed:
-        raise DoesNotFit(f"host_memory={host_memory} is too small to generate this graph; give at least {needed} bytes")
+        raise DoesNotFit(
+            f"host_memory={host_memory} is too small to generate this graph; use --host-memory {needed} or more"
+        )
     identity = {"kind": "generate", "version": 1, "config": config.model_dump(mode="json")}
     build = begin_build(Path(out), identity)
     if isinstance(build, GraphStore):

@@ -3,7 +3,7 @@
 Replicas are alike, so one is sized and predicted, with its share of the memory, threads and disk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -161,12 +161,14 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
     )
 
 
-def compare_ranks(run: Run, model: nn.Module, devices: int, cut: Callable[[int], ChunkStore]) -> tuple[Choice, ...]:
-    """Predict every split of `devices`; `cut(parts)` cuts the graph for so many parts."""
+def compare_ranks(
+    run: Run, model: nn.Module, devices: int, cut: Callable[[int], ChunkStore]
+) -> tuple[tuple[Choice, ...], int]:
+    """Predict every split of `devices`, and the bytes of features; `cut(parts)` cuts the graph for so many parts."""
     stores = {parts: cut(parts) for parts in range(1, devices + 1) if devices % parts == 0}
     config = run.config.chunked
     feature_bytes = max(_share(run, store, model)[1] for store in stores.values())
-    return compare_splits(
+    choices = compare_splits(
         _graph_facts(stores),
         _model_facts(run, model),
         _profile(run, stores[1], config, model, devices),
@@ -175,10 +177,21 @@ def compare_ranks(run: Run, model: nn.Module, devices: int, cut: Callable[[int],
         memory_bytes=(_host_bytes(run) - feature_bytes) // devices,
         device_bytes=_device_bytes(run, devices),
     )
+    return choices, feature_bytes
+
+
+def pick_fitting(run: Run, choices: Sequence[Choice], devices: int, feature_bytes: int) -> Choice:
+    """The fastest split that fits; DoesNotFit says what memory the whole run needs."""
+    try:
+        return pick(choices)
+    except DoesNotFit as error:
+        needed = ((error.host_bytes or 0) * devices + feature_bytes) * run.config.cluster.replicas
+        raise DoesNotFit(str(error), host_bytes=needed) from error
 
 
 def choose_ranks(run: Run, model: nn.Module, cut: Callable[[int], ChunkStore]) -> Choice:
     """The fastest split of `chunked.devices` that fits and keeps the chunks that were asked for."""
     assert run.config.chunked.devices is not None
-    choices = compare_ranks(run, model, run.config.chunked.devices, cut)
-    return pick([choice for choice in choices if choice.chunks == run.config.chunked.chunks])
+    devices, chunks = run.config.chunked.devices, run.config.chunked.chunks
+    choices, feature_bytes = compare_ranks(run, model, devices, cut)
+    return pick_fitting(run, [choice for choice in choices if choice.chunks == chunks], devices, feature_bytes)

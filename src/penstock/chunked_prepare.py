@@ -25,6 +25,7 @@ from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.trainer import initial_weights
 from penstock.engine.layered import first_hidden
+from penstock.remedies import with_remedy
 from penstock.run import Run, make_model
 from penstock.sampler.chunking.config import PartitionConfig
 from penstock.sampler.chunking.trace import write_chunk_trace
@@ -158,8 +159,9 @@ def _pack(
         assert planned.summary is not None
         raise DoesNotFit(
             f"the packs of part {part} need {planned.summary.disk_needed_bytes} bytes of disk, --disk gives "
-            f"{disk_bytes}{' to each replica' if run.config.cluster.replicas > 1 else ''}; raise it, lower "
-            "chunked.cycle_orders, or give more --host-memory",
+            f"{disk_bytes}{' to each replica' if run.config.cluster.replicas > 1 else ''}; use --disk "
+            f"{planned.summary.disk_needed_bytes * run.config.cluster.replicas} or more, lower chunked.cycle_orders, "
+            "or give more --host-memory",
             disk_bytes=planned.summary.disk_needed_bytes * run.config.cluster.replicas,
         )
     write_packs(planned, run.graph, trace, packs, host_memory=run.budgets.host_bytes // 2, progress=run.progress)
@@ -215,12 +217,17 @@ def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mod
     return found
 
 
+def _size(run: Run, model: nn.Module) -> tuple[ChunkedConfig, ChunkStore, Sizes]:
+    """Cut the graph, and share out the memory: all that may find that it is too small."""
+    config = _resolve(run, model)
+    chunks = cut_graph(run, config.parts)
+    return config, chunks, size_ranks(run, chunks, config, model)
+
+
 def prepare_ranks(run: Run) -> PreparedRanks:
     """Do all that comes before training. DoesNotFit names what is too small, ValueError a model that cannot be cut."""
     model = make_model(run)
-    config = _resolve(run, model)
-    chunks = cut_graph(run, config.parts)
-    sizes = size_ranks(run, chunks, config, model)
+    config, chunks, sizes = with_remedy(run, lambda: _size(run, model))
     features = _features(run, chunks, config, model, sizes)
     folder = run.path / "ranks"
     specs = make_specs(

@@ -20,7 +20,7 @@ from penstock.engine.trainer import TrainConfig
 from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
-from penstock.storage.budget import parse_bytes
+from penstock.storage.budget import parse_bytes, parse_memory
 from penstock.storage.redaction import refuse_secrets
 from penstock.storage.remote.config import RemoteConfig, is_uri, local_copy
 from penstock.tracking.config import TrackConfig
@@ -37,10 +37,15 @@ class BudgetConfig(BaseModel):
     host_memory: int | None = None
     disk: int | None = None
 
-    @field_validator("device_memory", "host_memory", "disk", mode="before")
+    @field_validator("device_memory", "disk", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> int | None:
         return None if value is None else parse_bytes(value)
+
+    @field_validator("host_memory", mode="before")
+    @classmethod
+    def _parse_memory(cls, value: Any) -> int | None:
+        return None if value is None else parse_memory(value)
 
 
 class EvaluateConfig(BaseModel):

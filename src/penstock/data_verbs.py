@@ -13,7 +13,7 @@ from penstock.display import print_table, progress
 from penstock.inspection import describe_graph
 from penstock.locations import upload_store
 from penstock.overrides import explain, parse_override
-from penstock.storage.budget import format_bytes, parse_bytes
+from penstock.storage.budget import format_bytes, parse_memory
 from penstock.storage.errors import DataError
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
@@ -133,7 +133,7 @@ def run_ingest(
     if nodes is not None or edges is not None:
         format = _only_parquet(format)
     format = _detect(source) if format == "auto" else format
-    budget = parse_bytes(host_memory)
+    budget = parse_memory(host_memory)
     uri = str(out) if is_uri(out) else None
     if uri is not None:
         open_remote(uri)  # a wrong URI is found before the work
@@ -153,5 +153,5 @@ def run_generate(out: Path, *, num_nodes: int, options: Iterable[str], host_memo
     """`penstock generate`."""
     config = _options(GenerateConfig, options, num_nodes=num_nodes)
     with progress(quiet=quiet) as show:
-        graph = generate_graph(out, config, host_memory=parse_bytes(host_memory), progress=show)
+        graph = generate_graph(out, config, host_memory=parse_memory(host_memory), progress=show)
     _show_graph(graph)

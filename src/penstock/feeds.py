@@ -86,7 +86,7 @@ def _with_budgets_of(run: Run, function: Callable[P, T]) -> Callable[P, T]:
         except Outgrown:
             raise
         except DoesNotFit as error:
-            raise does_not_fit(run, {"train": error}) from error
+            raise does_not_fit(run, error) from error
 
     return call
 

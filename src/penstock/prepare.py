@@ -10,21 +10,26 @@ packs stay where they fit, all else is planned again; the items are the same.
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from penstock.claims import claim
 from penstock.config import RunConfig
+from penstock.engine.exact import require_exact_memory
 from penstock.engine.models import needs_degrees
-from penstock.run import Run
+from penstock.remedies import with_remedy
+from penstock.run import Run, make_model
 from penstock.sampler.estimate import DiskRates, PlanSummary
 from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
 from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
-from penstock.storage.budget import Budgets, format_bytes
+from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import Split
@@ -88,9 +93,8 @@ def train_epochs(run: Run) -> int:
 
 
 def sample_split(run: Run, split: Split) -> Trace:
-    """Sample into `run/<split>/trace`. DoesNotFit has the `host_bytes` that the whole run needs."""
-    memory = int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE)
-    try:
+    """Sample into `run/<split>/trace`."""
+    with _of_whole(_SAMPLE_MEMORY_SHARE * _share(run, "train")):
         return sample_trace(
             run.graph,
             run.path / split / "trace",
@@ -99,24 +103,31 @@ def sample_split(run: Run, split: Split) -> Trace:
             shuffle=split == "train",
             num_epochs=train_epochs(run) if split == "train" else 1,
             deal=deal_of(run, split),
-            host_memory=memory,
+            host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
             threads=run.threads,
             progress=run.progress,
         )
+
+
+def _share(run: Run, split: Split) -> float:
+    """Of the host memory, see `_host_share`."""
+    evaluation = run.config.evaluate.memory_share if run.evaluates else 0.0
+    return 1.0 - evaluation if split == "train" else evaluation
+
+
+@contextmanager
+def _of_whole(share: float) -> Iterator[None]:
+    """Let a step that had a share of the host memory say what the whole has to be."""
+    try:
+        yield
     except DoesNotFit as error:
-        if error.host_bytes is None:
-            raise
-        needed = math.ceil(error.host_bytes * run.budgets.host_bytes / memory) + 1
-        raise DoesNotFit(
-            f"--host-memory {format_bytes(run.budgets.host_bytes)} is too small to sample the {split} split in "
-            f"sampling's share of it ({error}); use --host-memory {needed} or more"
-        ) from error
+        whole = None if error.host_bytes is None else math.ceil(error.host_bytes / share) + 1
+        raise DoesNotFit(str(error), host_bytes=whole, disk_bytes=error.disk_bytes) from error
 
 
 def train_budgets(run: Run) -> Budgets:
     """What training may use: the run's budgets, less what evaluation keeps."""
-    planned = [split for split in run.evaluated_splits if (run.path / split / "plan.json").is_file()]
-    kept = sum(read_summary(run, split).disk_needed_bytes for split in planned)
+    kept = sum(read_summary(run, s).disk_needed_bytes for s in run.evaluated_splits if _has_plan(run, s))
     disk_bytes = max(0, run.budgets.disk_bytes - kept)
     return replace(run.budgets, host_bytes=run.train_host_bytes, disk_bytes=disk_bytes)
 
@@ -179,47 +190,45 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
     else:
         budgets = replace(run.budgets, device_bytes=0, host_bytes=run.evaluation_bytes)
     folder = run.path / split
-    plan = plan_packs(
-        run.graph,
-        trace,
-        config,
-        budgets,
-        disk_rates=run.disk_rates,
-        scratch=folder / "plan",
-        progress=run.progress,
-    )
+    with _of_whole(_share(run, split)):
+        plan = plan_packs(
+            run.graph,
+            trace,
+            config,
+            budgets,
+            disk_rates=run.disk_rates,
+            scratch=folder / "plan",
+            progress=run.progress,
+        )
     assert plan.summary is not None, "only the windows of a rolling producer have no summary"
     write_json(folder / "plan.json", {**asdict(plan.summary), "split": split})
     return trace, plan
 
 
-def does_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
-    """Say what the whole run needs; each split was planned within its share."""
-    train = errors.get("train")
-    if train is not None and train.disk_bytes is not None and len(errors) == 1:
-        kept = run.budgets.disk_bytes - train_budgets(run).disk_bytes
-        needed = train.disk_bytes + kept
-        return DoesNotFit(
-            f"--disk {format_bytes(run.budgets.disk_bytes)} is too small: training needs "
-            f"{format_bytes(train.disk_bytes)}, evaluation {format_bytes(kept)}; use --disk {needed} or more, "
-            "fewer sampled_epochs, a narrower row dtype or more --host-memory",
-            disk_bytes=needed,
-        )
-    if any(error.host_bytes is None for error in errors.values()):
-        return next(iter(errors.values()))
-    whole = run.budgets.host_bytes
-    shares = {"train": run.train_host_bytes / whole}
-    needed = max(
-        math.ceil((error.host_bytes or 0) / shares.get(split, run.config.evaluate.memory_share))
-        for split, error in errors.items()
-    )
-    names = ", ".join(f"{split} items {format_bytes(error.host_bytes or 0)}" for split, error in errors.items())
-    return DoesNotFit(
-        f"--host-memory {format_bytes(whole)} is too small: feeding needs, for {names} "
-        f"(evaluation has {run.config.evaluate.memory_share:.0%} of it); use --host-memory {needed} or more, "
-        "a smaller batch size or smaller fanouts",
-        host_bytes=needed,
-    )
+def does_not_fit(run: Run, error: DoesNotFit) -> DoesNotFit:
+    """Say what the whole run needs, of an error of training's share."""
+    problem, use = str(error).partition("; use ")[0], []
+    host, disk = error.host_bytes, error.disk_bytes
+    if host is not None:
+        host = math.ceil(host / _share(run, "train")) + 1
+        use.append(f"--host-memory {host} or more")
+    if disk is not None:
+        disk += run.budgets.disk_bytes - train_budgets(run).disk_bytes
+        use.append(f"--disk {disk} or more")
+    return DoesNotFit(f"{problem}; use {' and '.join(use)}", host_bytes=host, disk_bytes=disk) if use else error
+
+
+def _do_not_fit(run: Run, errors: dict[Split, DoesNotFit]) -> DoesNotFit:
+    """What all splits lack together."""
+    kept = sum(read_summary(run, s).disk_needed_bytes for s in run.evaluated_splits if _has_plan(run, s))
+    host = [error.host_bytes for error in errors.values() if error.host_bytes is not None]
+    disk = [error.disk_bytes for error in errors.values() if error.disk_bytes is not None]
+    problems = "; ".join(f"{split} items: {str(error).partition('; use ')[0]}" for split, error in errors.items())
+    return DoesNotFit(problems, host_bytes=max(host, default=None), disk_bytes=sum(disk) + kept if disk else None)
+
+
+def _has_plan(run: Run, split: Split) -> bool:
+    return (run.path / split / "plan.json").is_file()
 
 
 def _is_planned(folder: Path) -> bool:
@@ -239,7 +248,13 @@ def _is_planned(folder: Path) -> bool:
 
 
 def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Plan]]:
-    """Sample and plan those of `splits` whose packs are not complete; DoesNotFit says what all of them need."""
+    """Sample and plan those of `splits` whose packs are not complete; DoesNotFit names budgets with which all can be
+    packed and fed."""
+    splits = tuple(splits)
+    return with_remedy(run, lambda: _plan_all(run, splits))
+
+
+def _plan_all(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Plan]]:
     plans: dict[Split, tuple[Trace, Plan]] = {}
     errors: dict[Split, DoesNotFit] = {}
     for split in splits:
@@ -251,9 +266,13 @@ def plan_splits(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, P
         except DoesNotFit as error:
             errors[split] = error
     if errors:
-        raise does_not_fit(run, errors)
+        raise _do_not_fit(run, errors)
     for _, plan in plans.values():
         require_packing_memory(plan, run.budgets.host_bytes)
+    if run.evaluates and run.config.evaluate.mode == "exact":
+        targets = np.concatenate([run.graph.split_ids(split) for split in run.labelled_splits])
+        with _of_whole(run.config.evaluate.memory_share):
+            require_exact_memory(make_model(run), run.graph, host_memory=run.evaluation_bytes, targets=targets)
     return plans
 
 

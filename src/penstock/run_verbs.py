@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from penstock.chunked_choice import compare_ranks
+from penstock.chunked_choice import compare_ranks, pick_fitting
 from penstock.chunked_prepare import cut_graph, prepare_ranks
 from penstock.config import RunConfig
 from penstock.display import print_columns, print_table, progress
-from penstock.engine.chunked.estimate import HEADINGS, estimate_rows, pick
+from penstock.engine.chunked.estimate import HEADINGS, Choice, estimate_rows
 from penstock.inference import infer
 from penstock.prepare import own_splits, plan_splits, prepare, read_summary
+from penstock.remedies import with_remedy
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.estimate import summary_rows
-from penstock.storage.budget import format_bytes, parse_bytes
+from penstock.storage.budget import format_bytes, parse_memory
 from penstock.storage.graph import Split
 from penstock.storage.manifest import write_json
 from penstock.training import train
@@ -88,8 +89,7 @@ def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool)
     chunked = config.chunked
     devices = chunked.devices or chunked.stages * chunked.parts
     with _opened(config, force=force, quiet=quiet) as run:
-        choices = compare_ranks(run, make_model(run), devices, lambda parts: cut_graph(run, parts))
-        best = pick(choices)
+        choices, best = with_remedy(run, lambda: _compare(run, devices))
         value = {"choices": [choice.to_json() for choice in choices], "picked": choices.index(best)}
         write_json(run.path / "plan.json", value)
     if as_json:
@@ -100,6 +100,11 @@ def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool)
         f"picked: {best.kind}, --stages {best.stages} --parts {best.parts} --chunks {best.chunks} "
         f"(--devices {devices} lets train choose among those with --chunks {chunked.chunks})"
     )
+
+
+def _compare(run: Run, devices: int) -> tuple[tuple[Choice, ...], Choice]:
+    choices, feature_bytes = compare_ranks(run, make_model(run), devices, lambda parts: cut_graph(run, parts))
+    return choices, pick_fitting(run, choices, devices, feature_bytes)
 
 
 def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
@@ -156,7 +161,7 @@ def run_infer(
     quiet: bool,
 ) -> None:
     """`penstock infer`."""
-    budget = None if host_memory is None else parse_bytes(host_memory)
+    budget = None if host_memory is None else parse_memory(host_memory)
     with progress(quiet=quiet) as show:
         found = infer(
             run_dir, out, dataset=dataset, stage_dir=stage_dir, split=split, host_memory=budget, progress=show

@@ -27,7 +27,9 @@ _VERSION = 2  # of what the same inputs and options become; 1 knew inputs by the
 def _check_budget(source: GraphSource, options: IngestOptions, out: Path, host_memory: int) -> None:
     needed = _MIN_MEMORY + 128 * source.num_features
     if host_memory < needed:
-        raise DoesNotFit(f"host_memory={host_memory} is too small to ingest this graph; give at least {needed} bytes")
+        raise DoesNotFit(
+            f"host_memory={host_memory} is too small to ingest this graph; use --host-memory {needed} or more"
+        )
     row_format = RowFormat(dtype=options.feature_dtype, width=source.num_features)
     records = count_records(source, options)
     weight_bytes = 4 * source.has_weights
