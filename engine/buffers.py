@@ -17,7 +17,7 @@ from penstock.storage.directio import aligned_buffer
 from penstock.storage.trace import Item, decode_item
 
 _LINE = 64  # the gather streams into rows that start on a cache line
-_GROWTH = 1.25  # payloads differ by a few percent, so they stop growing soon
+GROWTH = 1.25  # payloads differ by a few percent, so they stop growing soon
 
 
 def pinned_bytes(num_bytes: int) -> NDArray[np.uint8]:
@@ -57,20 +57,20 @@ class BatchBuffer:
     def host_rows(self, num_rows: int) -> NDArray[np.float32]:
         """Float32 [num_rows, width] to write features to; what it held is lost."""
         if num_rows > len(self._host):
-            self._host = self._host_rows(int(num_rows * _GROWTH))
+            self._host = self._host_rows(int(num_rows * GROWTH))
         return self._host[:num_rows]
 
     def device_rows(self, num_rows: int) -> Tensor:
         """The same on the device."""
         if self._on_device is None or num_rows > len(self._on_device):
-            count = max(num_rows, len(self._host)) if self._on_device is None else int(num_rows * _GROWTH)
+            count = max(num_rows, len(self._host)) if self._on_device is None else int(num_rows * GROWTH)
             self._on_device = torch.empty(count, self.width, device=self.device)
         return self._on_device[:num_rows]
 
     def keep_payload(self, payload: NDArray[np.uint8]) -> Item:
         """Copy an item's payload, so that where it came from can be reused, and view the copy."""
         if len(payload) > len(self._payload):
-            self._payload = self._host_bytes(int(len(payload) * _GROWTH))
+            self._payload = self._host_bytes(int(len(payload) * GROWTH))
         kept = self._payload[: len(payload)]
         np.copyto(kept, payload)
         return decode_item(kept)

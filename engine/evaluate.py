@@ -11,6 +11,7 @@ from penstock.engine.exact import LayerTable, exact_tables
 from penstock.engine.metrics import Counts, Metrics
 from penstock.engine.minibatch import MiniBatch
 from penstock.storage.graph import GraphStore, Split
+from penstock.storage.npyfile import drop_pages
 from penstock.storage.progress import Progress, silent
 
 _ROWS = 1 << 16  # rows of a table that are scored together
@@ -45,6 +46,7 @@ def score_table(table: LayerTable, graph: GraphStore, split: Split) -> Metrics:
         labels = torch.from_numpy(graph.labels[part])
         rows = torch.from_numpy(logits[table.positions(part)])
         counts.update(rows, labels.float() if labels.ndim == 2 else labels.long())
+        drop_pages(logits)
     return counts.metrics()
 
 

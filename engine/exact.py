@@ -210,6 +210,14 @@ class _Pass:
             return error
         return None
 
+    def peak_bytes(self, host_memory: int) -> int:
+        """What the pass holds at most. DoesNotFit as in `split_budget`."""
+        resident, chunk_bytes = self.split_budget(host_memory)
+        row_bytes, num_nodes = self.row_format.row_bytes, self.graph.num_nodes
+        table = num_nodes * row_bytes if resident else buffer_bytes(row_bytes)
+        whole = int(self.costs.chunk(self.out.num_rows, self.graph.num_edges))
+        return table + min(chunk_bytes, whole)
+
     def run(self, key: dict[str, Any], host_memory: int, progress: Progress) -> None:
         """Write the layer's table, then the marker that says so."""
         resident, chunk_bytes = self.split_budget(host_memory)
@@ -322,6 +330,19 @@ def exact_embeddings(
     finally:
         model.train(was_training)
         torch.set_num_threads(before)
+
+
+def exact_peak_bytes(model: nn.Module, graph: GraphStore, host_memory: int, targets: NDArray[Any] | None = None) -> int:
+    """What `exact_embeddings` of all layers holds at most. DoesNotFit where it would raise it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            passes, _ = _make_passes(model, graph, Path(), 1, torch.device("cpu"), targets, count_layers(model))
+        _require_memory(passes, host_memory)
+        return max(one.peak_bytes(host_memory) for one in passes)
+    finally:
+        model.train(was_training)
 
 
 def _run_layers(

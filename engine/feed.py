@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from penstock.engine.buffers import BatchBuffer, make_batch
+from penstock.engine.buffers import GROWTH, BatchBuffer, make_batch
 from penstock.engine.device_tier import DeviceTier, gather_on_device, on_stream, side_stream
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Counters, Feed
@@ -196,6 +196,28 @@ def make_slots(meta: PackSetMeta, host_memory: int) -> list[Slot]:
         return [Slot(0, limit=room // 2) for _ in range(2)]
     count = min(_MAX_SLOTS, room // meta.max_extent_bytes)
     return [Slot(meta.max_extent_bytes, limit=room // count) for _ in range(count)]
+
+
+def feed_peak_bytes(
+    *,
+    host_slots: int,
+    row_bytes: int,
+    width: int,
+    max_inputs: int,
+    max_extent_bytes: int,
+    payload_bytes: int,
+    host_memory: int,
+    rolling: bool,
+) -> dict[str, int]:
+    """What an open feed holds at most, by component: `make_slots` takes as large a ring as the budget allows."""
+    sizes = {"host_slots": host_slots, "row_bytes": row_bytes, "width": width, "max_inputs": max_inputs}
+    room = host_memory - feed_memory(max_extent_bytes=0, **sizes)
+    count = 2 if rolling else max(2, min(_MAX_SLOTS, room // max(1, max_extent_bytes)))
+    return {
+        "host tier": host_slots * row_bytes,
+        "extents": count * max_extent_bytes,
+        "batches": 2 * (max_inputs * width * 4 + int(payload_bytes * GROWTH)),
+    }
 
 
 def open_pack_feed(

@@ -17,6 +17,7 @@ from penstock.engine.outputs import Outputs
 from penstock.storage.budget import require_free_disk
 from penstock.storage.export import NodeTableWriter
 from penstock.storage.graph import GraphStore
+from penstock.storage.npyfile import drop_pages
 from penstock.storage.progress import Progress, silent
 
 _ROWS = 1 << 16  # rows per group of the Parquet file
@@ -58,6 +59,8 @@ def _table_parts(
     for lo in range(0, total, _ROWS):
         ids = np.arange(lo, min(lo + _ROWS, total)) if nodes is None else nodes[lo : lo + _ROWS]
         yield ids, embedding_rows[embeddings.positions(ids)], logit_rows[logits.positions(ids)]
+        for rows in (embedding_rows, logit_rows):
+            drop_pages(rows)
 
 
 def infer_to_parquet(

@@ -112,6 +112,18 @@ def split_memory(plan: Plan, num_streams: int, host_memory: int) -> PassMemory:
     return PassMemory(part_rows=int(part_rows), buffer_bytes=buffer_bytes, stage_bytes=stage, bucket_rows=bucket_rows)
 
 
+def packing_bytes(plan: Plan, host_memory: int) -> int:
+    """What packing a plan holds at most. DoesNotFit as in `split_memory`."""
+    found = [0]
+    if plan.mode == "rolling":
+        return 0
+    for windows in split_passes(plan, range(plan.meta.num_windows), host_memory):
+        num_streams = len(lay_out(plan, windows, 1 << 62).regions)
+        memory = split_memory(plan, num_streams, host_memory)
+        found.append(2 * memory.buffer_bytes + NUM_STAGES * memory.stage_bytes + num_streams * _STREAM_BYTES)
+    return max(found)
+
+
 def lay_out(plan: Plan, windows: Sequence[int], bucket_rows: int) -> PassLayout:
     """Place segments and extents of these windows in their files."""
     row_bytes = plan.meta.row_format.row_bytes

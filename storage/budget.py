@@ -1,5 +1,6 @@
 """Budgets in bytes: parse them, print them, derive defaults from the machine, measure against them."""
 
+import ctypes
 import os
 import re
 import resource
@@ -70,7 +71,7 @@ def available_memory() -> int:
 
 def memory_room() -> int:
     """How large this process may become: what is free, and what it has already."""
-    return available_memory() + int(psutil.Process().memory_info().rss)
+    return available_memory() + rss_bytes()
 
 
 def free_disk(path: Path) -> int:
@@ -96,18 +97,30 @@ class Budgets:
     disk_bytes: int
 
 
-def default_budgets(
-    folder: Path, *, device_bytes: int | None = None, host_bytes: int | None = None, disk_bytes: int | None = None
-) -> Budgets:
-    """Fill in what the user left open: no device tier, half of the free memory, nine tenths of the free disk.
+def default_host_bytes(fixed_bytes: int, sharing: int = 1) -> int:
+    """Memory for tiers and buffers beside the `fixed_bytes` that a process takes, where `sharing` such are here.
 
-    Memory halves because the trainer's weights, activations and the page cache want the rest.
+    A container's memory is ours but for a twentieth, since sockets and page tables count; of what is free on a machine
+    without limits others want at least half. Not positive where nothing is left.
     """
+    free = available_memory() // sharing
+    left = (rss_bytes() + free) * 19 // 20 - fixed_bytes
+    contained = total_memory() < int(psutil.virtual_memory().total)
+    return left if contained else min(left, free // 2)
+
+
+def default_budgets(folder: Path, *, host_bytes: int, device_bytes: int | None, disk_bytes: int | None) -> Budgets:
+    """Fill in what the user left open: no device tier, nine tenths of the free disk."""
     return Budgets(
         device_bytes=0 if device_bytes is None else device_bytes,
-        host_bytes=available_memory() // 2 if host_bytes is None else host_bytes,
+        host_bytes=host_bytes,
         disk_bytes=free_disk(folder) * 9 // 10 if disk_bytes is None else disk_bytes,
     )
+
+
+def rss_bytes() -> int:
+    """The resident size of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:
@@ -115,7 +128,12 @@ def peak_rss_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * KIB
-    return int(psutil.Process().memory_info().rss)
+    return rss_bytes()
+
+
+def children_peak_rss_bytes() -> int:
+    """The largest resident size of any child process that has ended, in bytes; 0 where there was none."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB
 
 
 def reset_peak_rss() -> bool:
@@ -125,6 +143,13 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, between two steps of a run that need different sizes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def require_free_disk(path: Path, num_bytes: int, purpose: str) -> None:

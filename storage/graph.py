@@ -37,7 +37,7 @@ from penstock.storage.blocks import BlockDigest, BlockSums, read_block_sums
 from penstock.storage.directio import IO_BYTES, PAGE
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import FileEntry, Manifest, read_manifest, validate_files, verify_once, write_manifest
-from penstock.storage.npyfile import open_npy, write_npy
+from penstock.storage.npyfile import drop_pages, open_npy, write_npy
 from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
 
@@ -199,6 +199,12 @@ class GraphStore:
         """What was done to the features: equal for graphs whose features mean the same to a model."""
         kind = self.meta.feature_norm
         return f"{kind} {self.manifest.file(NORM_FILE).xxh3}" if kind == "standard" else kind
+
+    def drop_mapped(self) -> None:
+        """Let the kernel forget what was read through maps; it reads again what is used again."""
+        for name in ("indptr", "indices", "edge_weights", "labels", "features"):
+            if (array := self.__dict__.get(name)) is not None:
+                drop_pages(array)
 
     def split_ids(self, split: Split) -> NDArray[Any]:
         """Ascending node ids of a split; empty where the graph has none."""

@@ -37,8 +37,9 @@ class Choice:
     `chunks` is 1 where parts alone are enough: then no row is historical. Bytes sent are per epoch and of all ranks:
     between stages, between parts, and to sum weight gradients. `peak_bytes` is of the rank that needs most;
     `history_bytes` likewise, in memory or on disk; `resident_history_bytes` is what the peak has for them. Histories
-    stay on the host, the rest of the peak, `device_bytes`, is on the device. `fits` says whether both are within the
-    budgets of a rank.
+    stay on the host, the rest of the peak, `device_bytes`, is on the device. `all_ranks_bytes` is the sum over ranks,
+    with as many histories in memory as the budget has room for. `fits` says whether both are within the budgets of a
+    rank.
     """
 
     kind: Parallelism
@@ -57,6 +58,7 @@ class Choice:
     history_bytes: int
     resident_history_bytes: int
     device_bytes: int
+    all_ranks_bytes: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -110,8 +112,10 @@ def choose_split(
     for recompute, in_memory in _options(config):
         split = Split(layout=layout, units=units, recompute=recompute, in_memory=in_memory)
         played = _play(split, facts, model, profile, config)
+        peaks, stored = np.array(played.peak_bytes), history_bytes(split, piece, model, config)
         resident = resident_history_bytes(split, piece, model, config)
-        on_device = int((np.array(played.peak_bytes) - resident).max())
+        used = np.minimum(stored, max(0, memory_bytes - peaks.max()) + resident.max())
+        on_device = int((peaks - resident).max())
         choice = Choice(
             kind=name_split(layout.stages, layout.parts),
             stages=layout.stages,
@@ -125,11 +129,12 @@ def choose_split(
             sent_bytes=played.sent_bytes,
             exchanged_bytes=played.exchanged_bytes,
             reduced_bytes=played.reduced_bytes,
-            peak_bytes=max(played.peak_bytes),
-            history_bytes=round(float(history_bytes(split, piece, model, config).max())),
+            peak_bytes=int(peaks.max()),
+            history_bytes=round(float(stored.max())),
             resident_history_bytes=round(float(resident.max())),
             device_bytes=on_device,
-            fits=max(played.peak_bytes) <= memory_bytes and (device_bytes is None or on_device <= device_bytes),
+            all_ranks_bytes=round(float((peaks - resident + used).sum())),
+            fits=int(peaks.max()) <= memory_bytes and (device_bytes is None or on_device <= device_bytes),
         )
         if choice.fits:
             return choice

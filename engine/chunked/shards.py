@@ -25,7 +25,7 @@ from torch import Tensor
 from penstock.engine.checkpoint import pack_tensors
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import write_atomic
-from penstock.storage.npyfile import NpyWriter, open_npy
+from penstock.storage.npyfile import NpyWriter, drop_pages, open_npy
 
 if TYPE_CHECKING:
     from penstock.engine.chunked.rank import Rank
@@ -60,6 +60,7 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     with NpyWriter(path, array.dtype, array.shape) as writer:
         for piece in _pieces(array):
             writer.append(piece)
+            drop_pages(array)  # a copy on disk is mapped: what has been written need not stay
     assert writer.entry is not None
     return {"bytes": writer.entry.bytes, "xxh3": writer.entry.xxh3}
 

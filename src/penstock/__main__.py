@@ -275,7 +275,7 @@ def doctor(directory: Path = Path("."), *, json: bool = False) -> None:
 
 @app.command
 def bench(
-    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline", "cluster"],
+    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline", "cluster", "memory"],
     *,
     out_of_core: bool = False,
     scale: float = 1.0,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from penstock.chunked_memory import forecast_chunked
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.estimate import Choice, choose_split, compare_splits, pick
 from penstock.engine.chunked.features import TRAIN_SHARE
@@ -20,6 +21,7 @@ from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.ownership import hidden_layers, hidden_width
 from penstock.engine.chunked.profile import profile_model
 from penstock.engine.layered import first_hidden, uses_initial
+from penstock.process_memory import Forecast
 from penstock.run import Run
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import ChunkStore
@@ -34,7 +36,7 @@ _BATCHES = 2.1  # of the largest chunk that a feed holds, as extents and again a
 class Sizes:
     """Memory of every rank, where features come from, and the units of every stage, by measured cost.
 
-    `feed_bytes` is for the first stage of a part.
+    `feed_bytes` is for the first stage of a part. `memory` is of the whole process.
     """
 
     features: Literal["memory", "packs"]
@@ -42,6 +44,7 @@ class Sizes:
     history_bytes: int
     feed_bytes: int
     units: tuple[range, ...]
+    memory: Forecast
 
 
 def _feature_rows(chunks: ChunkStore, model: nn.Module) -> NDArray[np.int64]:
@@ -158,7 +161,13 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
         history_bytes=rank_bytes - choice.peak_bytes + choice.resident_history_bytes,
         feed_bytes=0 if features == "memory" else feature_bytes // config.parts,
         units=choice.units,
+        memory=forecast_chunked(run, model, choice, feature_bytes),
     )
+
+
+def forecast_ranks(run: Run, model: nn.Module, choice: Choice, chunks: ChunkStore) -> Forecast:
+    """What the process takes with a split that was compared."""
+    return forecast_chunked(run, model, choice, _share(run, chunks, model)[1])
 
 
 def compare_ranks(

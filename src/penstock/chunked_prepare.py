@@ -16,6 +16,7 @@ from torch import nn
 
 from penstock.chunked_choice import Sizes, choose_ranks, size_ranks
 from penstock.claims import claim
+from penstock.engine import recycled
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.features import TRAIN_SHARE
 from penstock.engine.chunked.layout import Layout
@@ -25,6 +26,7 @@ from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
 from penstock.engine.chunked.trainer import initial_weights
 from penstock.engine.layered import first_hidden
+from penstock.process_memory import Forecast
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model
 from penstock.sampler.chunking.config import PartitionConfig
@@ -32,6 +34,7 @@ from penstock.sampler.chunking.trace import write_chunk_trace
 from penstock.sampler.chunking.write import write_chunks
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import PlanConfig, plan_packs
+from penstock.storage.budget import total_memory, trim_heap
 from penstock.storage.chunks import ChunkStore, open_chunks
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.manifest import is_published, read_json, write_json
@@ -48,6 +51,7 @@ class PreparedRanks:
     chunks: ChunkStore
     layout: Layout
     specs: list[RankSpec]
+    memory: Forecast
 
 
 def cut_graph(run: Run, parts: int) -> ChunkStore:
@@ -228,6 +232,7 @@ def prepare_ranks(run: Run) -> PreparedRanks:
     """Do all that comes before training. DoesNotFit names what is too small, ValueError a model that cannot be cut."""
     model = make_model(run)
     config, chunks, sizes = with_remedy(run, lambda: _size(run, model))
+    sizes.memory.check(run.budgets.host_bytes, total_memory())
     features = _features(run, chunks, config, model, sizes)
     folder = run.path / "ranks"
     specs = make_specs(
@@ -247,4 +252,7 @@ def prepare_ranks(run: Run) -> PreparedRanks:
         units=sizes.units,
         replicas=run.config.cluster.replicas,
     )
-    return PreparedRanks(model=model, chunks=chunks, layout=specs[0].layout, specs=specs)
+    run.graph.drop_mapped()
+    recycled.release()
+    trim_heap()
+    return PreparedRanks(model=model, chunks=chunks, layout=specs[0].layout, specs=specs, memory=sizes.memory)

@@ -11,6 +11,7 @@ from torch import nn
 
 from penstock.chunked_prepare import PreparedRanks, prepare_ranks
 from penstock.config import RunConfig
+from penstock.engine import recycled
 from penstock.engine.adapters import require
 from penstock.engine.chunked.backend import OpenBackend
 from penstock.engine.chunked.processes import open_processes
@@ -28,7 +29,7 @@ from penstock.observation import Observation
 from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.schedule_plot import draw_schedule
-from penstock.storage.budget import num_threads
+from penstock.storage.budget import num_threads, trim_heap
 from penstock.storage.graph import Split
 
 
@@ -99,6 +100,8 @@ def _own_device(run: Run) -> str:
 def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
     if not run.evaluates:
         return {}
+    recycled.release()  # ranks are gone, and the pass has other sizes
+    trim_heap()
     return evaluate_exact(
         model,
         run.graph,
@@ -187,6 +190,7 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
             "checkpoint_s": trained.checkpoint_s,
         },
         "resumed_from": trained.resumed_from,
+        "memory": prepared.memory.to_json(),
         "chunks": asdict(prepared.chunks.meta),
         "schedule": _schedule(prepared, trained),
         "straggler": _straggler(trained),

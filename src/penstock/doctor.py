@@ -1,19 +1,23 @@
 """`penstock doctor`: look at the machine as a run would, and say what to do."""
 
+import importlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from penstock.display import print_table
 from penstock.kernels import cache
 from penstock.machine import package_version
+from penstock.process_memory import forecast_rows, process_bytes
 from penstock.sampler.estimate import measure_disk
 from penstock.storage.budget import (
     available_memory,
+    default_host_bytes,
     format_bytes,
     free_disk,
     num_threads,
@@ -21,6 +25,7 @@ from penstock.storage.budget import (
 )
 from penstock.storage.directio import PAGE, DirectFile, aligned_buffer
 from penstock.storage.extras import install_command
+from penstock.storage.manifest import read_json
 
 Finding = tuple[str, str, str]  # name, value, what to do (empty: nothing)
 
@@ -42,10 +47,35 @@ def _disk(folder: Path) -> Iterator[Finding]:
     yield "free disk", format_bytes(free), "" if free > 10 << 30 else "packs need room; see penstock plan"
 
 
-def _memory() -> Iterator[Finding]:
+def _run_memory(folder: Path) -> dict[str, Any] | None:
+    """What was predicted for the run in the folder, where there is one that was planned."""
+    for path in (folder / "train" / "plan.json", folder / "plan.json"):
+        if path.is_file():
+            found: dict[str, Any] | None = read_json(path).get("memory")
+            return found
+    return None
+
+
+def _memory(folder: Path) -> Iterator[Finding]:
     total, free = total_memory(), available_memory()
     yield "memory of the container", format_bytes(total), ""
     yield "memory free", format_bytes(free), "" if free > total // 4 else "stop something, or set --host-memory"
+    importlib.import_module("penstock.run_verbs")  # a process is measured that has loaded what a run loads
+    process = process_bytes()
+    left = default_host_bytes(process)
+    yield (
+        "interpreter and libraries",
+        format_bytes(process),
+        "" if left > 0 else "no room for data; use a larger container",
+    )
+    yield "left for model and --host-memory", format_bytes(max(0, left)), ""
+    memory = _run_memory(folder)
+    if memory is not None:
+        peak = int(memory["predicted_peak_bytes"])
+        remedy = "" if peak <= total else "give it a larger container, or plan with less --host-memory"
+        for name, size in forecast_rows(memory)[:-1]:
+            yield name.strip(), size, ""
+        yield "peak of this run, in all", format_bytes(peak), remedy
     shared = Path("/dev/shm")
     yield "shared memory", format_bytes(free_disk(shared)) if shared.exists() else "none", ""
 
@@ -80,7 +110,7 @@ def _kernels() -> Iterator[Finding]:
 
 def findings(folder: Path) -> list[Finding]:
     """Everything that is checked, in order."""
-    return [*_disk(folder), *_memory(), *_threads(), *_kernels(), *_packages()]
+    return [*_disk(folder), *_memory(folder), *_threads(), *_kernels(), *_packages()]
 
 
 def run_doctor(folder: Path, *, as_json: bool) -> None:

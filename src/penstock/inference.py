@@ -7,8 +7,9 @@ from penstock.engine.infer import infer_to_parquet
 from penstock.engine.modelfile import load_model
 from penstock.engine.outputs import Outputs
 from penstock.locations import local_dataset, local_output, local_run
+from penstock.process_memory import process_bytes
 from penstock.report import read_config
-from penstock.storage.budget import available_memory, num_threads
+from penstock.storage.budget import MIB, default_host_bytes, num_threads
 from penstock.storage.errors import DataError
 from penstock.storage.graph import Split, open_graph
 from penstock.storage.manifest import near_miss
@@ -16,8 +17,10 @@ from penstock.storage.progress import Progress, silent
 
 
 def _default_memory() -> int:
-    """A power of two, at most half of what is free: mostly the same at the next call, which then continues this one."""
-    return 1 << ((available_memory() // 2).bit_length() - 1)
+    """A power of two, at most what fits beside the process: mostly the same at the next call, which then continues
+    this one."""
+    fitting = max(MIB, default_host_bytes(process_bytes()))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def infer(

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from penstock.engine.exact import require_exact_memory
 from penstock.engine.models import needs_degrees
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model
+from penstock.sampled_memory import LargestItem, PlannedSplit, forecast_sampled, largest_item
 from penstock.sampler.estimate import DiskRates, PlanSummary
 from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
 from penstock.sampler.packer import require_packing_memory, write_packs
+from penstock.sampler.pass_layout import packing_bytes
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
-from penstock.storage.budget import Budgets
+from penstock.storage.budget import Budgets, total_memory, trim_heap
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import Split
@@ -48,6 +50,7 @@ class Prepared:
 
     packs: Path
     summary: PlanSummary
+    memory: dict[str, Any] | None = None
 
 
 def sample_config(config: RunConfig, split: Split) -> SampleConfig:
@@ -132,11 +135,37 @@ def train_budgets(run: Run) -> Budgets:
     return replace(run.budgets, host_bytes=run.train_host_bytes, disk_bytes=disk_bytes)
 
 
+def read_planned(run: Run, split: Split) -> PlannedSplit:
+    """What is known of a split that has been planned."""
+    largest = read_json(run.path / split / "plan.json", keys=("largest_item",))["largest_item"]
+    return PlannedSplit(summary=read_summary(run, split), largest=LargestItem.from_json(largest))
+
+
 def read_summary(run: Run, split: Split) -> PlanSummary:
     """The summary of a split that has been planned."""
-    value = read_json(run.path / split / "plan.json", keys=("disk_rates",))
-    value.pop("split", None)
-    return PlanSummary(**{**value, "disk_rates": DiskRates(**value["disk_rates"])})
+    names = tuple(field.name for field in fields(PlanSummary))
+    value = read_json(run.path / split / "plan.json", keys=names)
+    known = {name: value[name] for name in names}
+    return PlanSummary(**{**known, "disk_rates": DiskRates(**value["disk_rates"])})
+
+
+def read_memory(run: Run, split: Split) -> dict[str, Any] | None:
+    """What the process was predicted to take, see `Forecast.to_json`; known of training."""
+    value: dict[str, Any] | None = read_json(run.path / split / "plan.json").get("memory")
+    return value
+
+
+def _write_forecast(run: Run, plans: Iterable[Plan]) -> None:
+    """Predict the process, once training and evaluation are planned, into training's `plan.json`.
+
+    DoesNotFit where this container cannot hold it.
+    """
+    planned = [split for split in own_splits(run) if (run.path / split / "plan.json").is_file()]
+    path = run.path / "train" / "plan.json"
+    packing = max(packing_bytes(plan, run.budgets.host_bytes) for plan in plans)
+    forecast = forecast_sampled(run, {split: read_planned(run, split) for split in ("train", *planned)}, packing)
+    write_json(path, {**read_json(path), "memory": forecast.to_json()})
+    forecast.check(run.budgets.host_bytes, total_memory())
 
 
 def _plan_config(run: Run, split: Split) -> PlanConfig:
@@ -201,7 +230,8 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
             progress=run.progress,
         )
     assert plan.summary is not None, "only the windows of a rolling producer have no summary"
-    write_json(folder / "plan.json", {**asdict(plan.summary), "split": split})
+    planned = {**asdict(plan.summary), "split": split, "largest_item": asdict(largest_item(trace))}
+    write_json(folder / "plan.json", planned)
     return trace, plan
 
 
@@ -273,6 +303,10 @@ def _plan_all(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Pla
         targets = np.concatenate([run.graph.split_ids(split) for split in run.labelled_splits])
         with _of_whole(run.config.evaluate.memory_share):
             require_exact_memory(make_model(run), run.graph, host_memory=run.evaluation_bytes, targets=targets)
+    if "train" in plans:
+        run.graph.drop_mapped()  # sampling has read it all; what follows reads little of it
+        trim_heap()
+        _write_forecast(run, [plan for _, plan in plans.values()])
     return plans
 
 
@@ -296,5 +330,7 @@ def pack_splits(run: Run, splits: Iterable[Split], plans: Mapping[Split, tuple[T
             write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=run.progress)
         for scratch in ("trace", "plan"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
-        prepared[split] = Prepared(packs=folder / "packs", summary=read_summary(run, split))
+        prepared[split] = Prepared(
+            packs=folder / "packs", summary=read_summary(run, split), memory=read_memory(run, split)
+        )
     return prepared

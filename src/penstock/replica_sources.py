@@ -18,9 +18,10 @@ from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import FeedStats
 from penstock.feeds import open_train_feed
 from penstock.prepare import deal_items, own_splits, pack_splits, plan_splits, read_summary, sample_config
+from penstock.process_memory import process_bytes
 from penstock.run import Run
 from penstock.sampler.neighbors import count_items
-from penstock.storage.budget import Budgets, available_memory, default_budgets, free_disk
+from penstock.storage.budget import MIB, Budgets, default_budgets, default_host_bytes, free_disk
 from penstock.storage.errors import InUse
 from penstock.storage.graph import GraphMeta, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
@@ -114,7 +115,7 @@ def _share_of_host(config: RunConfig, folder: Path, sharing: int, device_bytes: 
     if budgets.device_memory is None and device_bytes is not None:
         given["device_memory"] = device_bytes
     if budgets.host_memory is None:
-        given["host_memory"] = available_memory() // (2 * sharing)
+        given["host_memory"] = max(MIB, default_host_bytes(process_bytes(), sharing))
     if budgets.disk is None:
         given["disk"] = free_disk(folder) * 9 // (10 * sharing)
     return config.model_copy(update={"run_dir": folder, "budgets": budgets.model_copy(update=given)})
@@ -313,7 +314,7 @@ def open_fed_items(
         budgets = default_budgets(
             folder,
             device_bytes=given.device_memory,
-            host_bytes=given.host_memory,
+            host_bytes=given.host_memory or MIB,
             disk_bytes=given.disk,
         )
         yield FedItems(own, rank, replicas, fed, budgets)

@@ -13,7 +13,8 @@ from penstock.config import RunConfig
 from penstock.exit_codes import exit_code
 from penstock.locations import publish_file
 from penstock.machine import hardware, versions
-from penstock.storage.budget import peak_rss_bytes
+from penstock.storage import cgroup
+from penstock.storage.budget import children_peak_rss_bytes, peak_rss_bytes
 from penstock.storage.errors import DataError, DoesNotFit, FormatError
 from penstock.storage.manifest import read_text, write_atomic, write_json, write_text
 from penstock.storage.redaction import redact, refuse_secrets
@@ -59,6 +60,8 @@ def write_result(
         "timings": {},
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "peak_rss_bytes": peak_rss_bytes(),
+        "children_peak_rss_bytes": children_peak_rss_bytes(),
+        "cgroup_peak_bytes": cgroup.memory_peak(),
         "versions": versions(),
         "git_commit": git_commit(),
         "hardware": hardware(),

@@ -33,12 +33,14 @@ from penstock.config import RunConfig
 from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, seed_step
+from penstock.host_budget import choose_host_bytes
 from penstock.identity import Keys, Trained, identity_of, read_trained, require_same, settle
 from penstock.preflight import check, has_labels
+from penstock.process_memory import process_bytes
 from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
-from penstock.storage.budget import Budgets, default_budgets, num_threads
+from penstock.storage.budget import Budgets, default_budgets, num_threads, total_memory
 from penstock.storage.errors import InUse
 from penstock.storage.graph import GraphMeta, GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
@@ -73,11 +75,12 @@ class Run:
         trained: Trained | None = None,
     ) -> None:
         self.rank, self.replicas, self.trained = rank, replicas, trained
+        self.process_bytes = process_bytes()  # before anything of the run is in memory
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
-        self.budgets, self.disk_rates = _resolve_machine(config)
+        self.budgets, self.disk_rates = _resolve_machine(config, graph, self.process_bytes)
 
     def identity(self, **chosen: Any) -> Keys:
         """What the weights of this run depend on; `chosen` has what `auto` came to, under dotted keys."""
@@ -130,7 +133,7 @@ def initial_model(config: RunConfig, meta: GraphMeta) -> nn.Module:
     return build_model(config.model, meta.num_features, meta.num_classes)
 
 
-def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
+def _resolve_machine(config: RunConfig, graph: GraphStore, process_bytes: int) -> tuple[Budgets, DiskRates]:
     """Budgets and disk rates of the run. What the user leaves open stays as `machine.json` has it: it follows from what
     was free when the run began, which is not what is free now, and a resumed run must plan the same.
     """
@@ -150,10 +153,11 @@ def _resolve_machine(config: RunConfig) -> tuple[Budgets, DiskRates]:
     # who drives ranks on other machines may have no GPU itself
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = torch.cuda.mem_get_info(device)[0] // 2  # the other half is the model's
+    host_bytes = found.get("host_bytes") if given.host_memory is None else None
     budgets = default_budgets(
         config.run_dir,
         device_bytes=device_bytes,
-        host_bytes=found.get("host_bytes") if given.host_memory is None else given.host_memory,
+        host_bytes=host_bytes or choose_host_bytes(config, graph, process_bytes, total_memory()),
         disk_bytes=found.get("disk_bytes") if given.disk is None else given.disk,
     )
     rates = DiskRates(**there["disk_rates"]) if there else measure_disk(config.run_dir)

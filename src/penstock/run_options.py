@@ -22,7 +22,7 @@ class RunOptions:
     set: list[str] = field(default_factory=list)
     "Override one key: --set train.lr=0.01. May be repeated."
     host_memory: str | None = None
-    "Bytes of host memory for tiers and buffers, for example 4GiB. Default: half of what is free."
+    "Bytes of host memory for tiers and buffers, for example 4GiB. Default: what fits beside the process."
     device_memory: str | None = None
     "Bytes of device memory for the device tier. Default: 0 on CPU, half of what is free on CUDA."
     disk: str | None = None

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from penstock.chunked_choice import compare_ranks, pick_fitting
+from penstock.chunked_choice import compare_ranks, forecast_ranks, pick_fitting
 from penstock.chunked_prepare import cut_graph, prepare_ranks
 from penstock.config import RunConfig
 from penstock.display import print_columns, print_table, progress
 from penstock.engine.chunked.estimate import HEADINGS, Choice, estimate_rows
 from penstock.inference import infer
-from penstock.prepare import own_splits, plan_splits, prepare, read_summary
+from penstock.prepare import own_splits, plan_splits, prepare, read_memory, read_summary
+from penstock.process_memory import forecast_rows
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.estimate import summary_rows
@@ -66,13 +67,14 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
     with _opened(config, force=force, quiet=quiet) as opened:
         run = opened if replicas == 1 else _first_replica(opened)
         plan_splits(run, (*own_splits(run), "train"))
-        summary = read_summary(run, "train")
+        summary, memory = read_summary(run, "train"), read_memory(run, "train")
         text = (run.path / "train" / "plan.json").read_text()
     if as_json:
         print(text)
     else:
         whose = "" if replicas == 1 else f", replica 0 of 0..{replicas - 1}"
-        print_table(f"plan of {config.run_dir}{whose}", summary_rows(summary))
+        rows = summary_rows(summary) + (forecast_rows(memory) if memory else [])
+        print_table(f"plan of {config.run_dir}{whose}", rows)
 
 
 def _first_replica(run: Run) -> Run:
@@ -90,12 +92,14 @@ def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool)
     devices = chunked.devices or chunked.stages * chunked.parts
     with _opened(config, force=force, quiet=quiet) as run:
         choices, best = with_remedy(run, lambda: _compare(run, devices))
-        value = {"choices": [choice.to_json() for choice in choices], "picked": choices.index(best)}
+        memory = forecast_ranks(run, make_model(run), best, cut_graph(run, best.parts)).to_json()
+        value = {"choices": [choice.to_json() for choice in choices], "picked": choices.index(best), "memory": memory}
         write_json(run.path / "plan.json", value)
     if as_json:
         print(json.dumps(value))
         return
     print_columns(f"ways to run {config.run_dir} on {devices} ranks", HEADINGS, estimate_rows(choices))
+    print_table("memory of the picked split", forecast_rows(memory))
     print(
         f"picked: {best.kind}, --stages {best.stages} --parts {best.parts} --chunks {best.chunks} "
         f"(--devices {devices} lets train choose among those with --chunks {chunked.chunks})"

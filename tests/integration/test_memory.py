@@ -1,0 +1,133 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.benchmarks.memory import measure_run
+from penstock.config import RunConfig, load_config
+from penstock.engine.activations import step_bytes
+from penstock.engine.models import ModelConfig, build_model
+from penstock.host_budget import choose_host_bytes, fixed_bytes
+from penstock.process_memory import PROCESS, TOPOLOGY, Forecast, Phase
+from penstock.storage.errors import DoesNotFit
+from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.graph import GraphStore
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
+    folder = tmp_path_factory.mktemp("memory") / "graph"
+    return generate_graph(folder, GenerateConfig(num_nodes=20_000, num_features=1024), host_memory=256 * MIB)
+
+
+def _forecast(host: int) -> Forecast:
+    prepare = Phase(
+        name="prepare", parts={PROCESS: 400 * MIB, TOPOLOGY: GIB, "sampling": host // 2}, budgeted=host // 2
+    )
+    train = Phase(name="train", parts={PROCESS: 500 * MIB, "host tier": host, "activations": 100 * MIB}, budgeted=host)
+    return Forecast(phases=(prepare, train))
+
+
+def test_what_cannot_fit_names_a_budget_that_does() -> None:
+    with pytest.raises(DoesNotFit, match=r"needs 1.37 GiB in its step 'train' with --host-memory 800 MiB") as refused:
+        _forecast(800 * MIB).check(800 * MIB, GIB)
+    number = int(str(refused.value).split("use --host-memory ")[1].split()[0])
+    assert number == 424 * MIB
+    _forecast(number).check(number, GIB)
+    container = int(str(refused.value).split("give the container ")[1].split()[0])
+    _forecast(800 * MIB).check(800 * MIB, container)
+
+
+def test_what_no_budget_mends_asks_for_a_larger_container() -> None:
+    with pytest.raises(DoesNotFit, match="give the container") as refused:
+        _forecast(100 * MIB).check(100 * MIB, 300 * MIB)
+    assert "use --host-memory" not in str(refused.value)
+
+
+def test_mapped_topology_counts_in_the_peak_and_does_not_refuse() -> None:
+    forecast = _forecast(100 * MIB)
+    assert forecast.peak.name == "prepare" and forecast.num_bytes == 400 * MIB + GIB + 50 * MIB
+    forecast.check(100 * MIB, 700 * MIB)
+
+
+def _config(graph: GraphStore, host_memory: int) -> RunConfig:
+    given = {"dataset": str(graph.path), "run_dir": "unused", "budgets.host_memory": host_memory}
+    return load_config(None, ["sampler.batch_size=16", "model.hidden=8"], given)
+
+
+def test_a_given_budget_that_leaves_no_room_is_refused_before_anything_is_sampled(graph: GraphStore) -> None:
+    process = 300 * MIB
+    computing = fixed_bytes(_config(graph, MIB), graph, process) - process
+    assert computing > 0
+    given = computing + 24 * MIB
+    assert given < graph.feature_bytes
+    limit = process + computing + 20 * MIB
+    with pytest.raises(DoesNotFit, match="does not fit this container or machine") as refused:
+        choose_host_bytes(_config(graph, given), graph, process, limit)
+    number = int(str(refused.value).split("use --host-memory ")[1].split()[0])
+    assert number == 20 * MIB
+    assert choose_host_bytes(_config(graph, number), graph, process, limit) == number
+    container = int(str(refused.value).split("or give it ")[1].split()[0])
+    assert choose_host_bytes(_config(graph, given), graph, process, container) == given
+
+
+def test_a_container_that_the_process_alone_fills_is_refused(graph: GraphStore) -> None:
+    with pytest.raises(DoesNotFit, match="give it [0-9]+ bytes or more, or use a smaller batch") as refused:
+        choose_host_bytes(_config(graph, 32 * MIB), graph, 300 * MIB, 310 * MIB)
+    container = int(str(refused.value).split("give it ")[1].split()[0])
+    assert choose_host_bytes(_config(graph, 32 * MIB), graph, 300 * MIB, container) == 32 * MIB
+
+
+def test_a_budget_that_the_features_cannot_fill_is_no_reason_to_refuse(graph: GraphStore) -> None:
+    assert choose_host_bytes(_config(graph, 2 * GIB), graph, 300 * MIB, GIB) == 2 * GIB
+
+
+def test_activations_scale_to_large_items_and_leave_the_model_alone() -> None:
+    model = build_model(ModelConfig(kind="sage", num_layers=2, hidden=128), 64, 5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {"multi_label": False, "train": True}
+    small = step_bytes(model, [(8000, 1000, 9000), (1000, 100, 1000)], 64, 5, **options)
+    large = step_bytes(model, [(80_000, 10_000, 90_000), (10_000, 1000, 10_000)], 64, 5, **options)
+    assert 9 * small < large < 11 * small
+    # the output of the first layer alone, and its gradient, must be held
+    assert large > 2 * 4 * 10_000 * 128
+    assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_stays_below_what_plan_predicts(graph: GraphStore, tmp_path: Path) -> None:
+    arguments = [str(graph.path), "--epochs", "1"]
+    measured, result = measure_run(arguments, tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "train" / "plan.json").read_text())
+    assert result["memory"] == plan["memory"]
+    assert sum(plan["memory"]["components"].values()) == plan["memory"]["predicted_peak_bytes"]
+    assert plan["memory"]["predicted_peak_bytes"] >= measured >= result["peak_rss_bytes"] > 100 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--pack-mode", "rolling"],
+        ["--set", "evaluate.mode=exact"],
+        ["--mode", "chunked", "--layers", "2", "--chunks", "4"],
+    ],
+)
+def test_other_runs_stay_below_it_too(graph: GraphStore, tmp_path: Path, options: list[str]) -> None:
+    arguments = [str(graph.path), "--epochs", "1", "--host-memory", "256MiB", *options]
+    measured, result = measure_run(arguments, tmp_path / "run")
+    assert result["memory"]["predicted_peak_bytes"] >= measured
+
+
+@pytest.mark.slow
+def test_plan_prints_the_number(graph: GraphStore, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "penstock", "plan", str(graph.path), "--run-dir", str(tmp_path / "run"), "--quiet"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    number = json.loads((tmp_path / "run" / "train" / "plan.json").read_text())["memory"]["predicted_peak_bytes"]
+    assert f"give the container {-(-number // MIB)} MiB" in printed
+    assert "interpreter and libraries" in printed
