@@ -13,6 +13,7 @@ import xxhash
 
 from penstock.sampler.windowtask import WindowJob
 from penstock.storage.errors import DoesNotFit, FormatError, full_disk_is_clear
+from penstock.storage.manifest import open_seal
 from penstock.storage.pack import PackIndex, PackSetMeta, parse_pack_index
 from penstock.storage.trace import window_name
 from penstock.storage.transfer import Address, Client, Damaged, Refused, connect
@@ -204,7 +205,7 @@ class Lane:
             raise FormatError(f"the index of window {window} is malformed ({error})") from error
         if not isinstance(value, dict):
             raise FormatError(f"the index of window {window} is malformed: it is no object")
-        index = parse_pack_index(value, pulled)
+        index = parse_pack_index(open_seal(value, pulled, "it is asked for again"), pulled)
         check_index(index, self._desk.job.meta, window, num_bytes)
         with full_disk_is_clear(pulled), open(pulled, "wb", buffering=0) as file:
             sink = PackSink(file, index)
