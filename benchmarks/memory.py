@@ -61,13 +61,14 @@ def run(*, scale: float, repeats: int, folder: Path) -> Iterator[dict[str, Any]]
     graphs = {True: open_bench_graph(folder, quick), False: open_bench_graph(folder, small)}
     eighth = str(max(96 * MIB, graphs[True].feature_bytes // 8))  # items do not shrink with the graph
     double = ("--host-memory", str(max(256 * MIB, graphs[True].feature_bytes // 4)))
+    large = ("--host-memory", str(1024 * MIB))  # a quarter of it holds all in-edges of the largest hub
     cases: dict[str, tuple[bool, tuple[str, ...]]] = {
         "quickstart": (True, (*_SAMPLED, "--epochs", "3", "--host-memory", eighth)),
         "rolling": (True, (*_SAMPLED, "--epochs", "1", "--pack-mode", "rolling", *double)),
         "wide": (True, (*_SAMPLED, "--epochs", "1", "--hidden", "512", "--batch-size", "1024", *double)),
         "gat": (True, (*_SAMPLED, "--epochs", "1", "--model", "gat", *double)),
-        "exact_evaluation": (True, (*_SAMPLED, "--epochs", "1", "--set", "evaluate.mode=exact", *double)),
-        "full_graph": (False, (*_FULL, "--host-memory", str(1024 * MIB))),
+        "exact_evaluation": (True, (*_SAMPLED, "--epochs", "1", "--set", "evaluate.mode=exact", *large)),
+        "full_graph": (False, (*_FULL, *large)),
     }
     for name, (is_quick, options) in cases.items():
         found = [

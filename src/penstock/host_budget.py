@@ -58,11 +58,19 @@ def fixed_bytes(config: RunConfig, graph: GraphStore, process_bytes: int) -> int
     return fixed
 
 
+def _may_fit(config: RunConfig, graph: GraphStore, process_bytes: int, limit: int) -> bool:
+    """Whether a given budget is not certain to exceed the limit. Bounds on a step say too much to refuse by, and what
+    is kept for evaluation, or is more than the features, need not be used; the plan knows it exactly."""
+    given = config.budgets.host_memory or 0
+    used = int(given * (1 - config.evaluate.memory_share))
+    return process_bytes + (_LEAST if graph.feature_bytes < given else used) <= limit
+
+
 def choose_host_bytes(config: RunConfig, graph: GraphStore, process_bytes: int, limit: int) -> int:
     """`--host-memory` as given, or what fits this container or machine of `limit` bytes; DoesNotFit where it cannot."""
     given = config.budgets.host_memory
-    if given is not None and (process_bytes + given <= limit or graph.feature_bytes < given):
-        return given  # features that are fewer than the budget leave some of it unused
+    if given is not None and _may_fit(config, graph, process_bytes, limit):
+        return given
     fixed = fixed_bytes(config, graph, process_bytes)
     chosen = default_host_bytes(fixed) if given is None else limit - fixed
     if config.mode == "chunked":

@@ -73,9 +73,10 @@ class Run:
         rank: int = 0,
         replicas: int = 1,
         trained: Trained | None = None,
+        empty_bytes: int | None = None,
     ) -> None:
         self.rank, self.replicas, self.trained = rank, replicas, trained
-        self.process_bytes = process_bytes()  # before anything of the run is in memory
+        self.process_bytes = process_bytes() if empty_bytes is None else empty_bytes
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
         self.threads = config.train.threads or num_threads()
@@ -217,6 +218,7 @@ def open_run(
     the dataset is none.
     """
     stop = stop_requested or threading.Event()
+    empty_bytes = process_bytes()  # before checks load some of the kernels that it counts as to be loaded
     with staged_dataset(config, progress, stop):
         graph = open_graph(config.dataset)
         check(config, graph)
@@ -228,7 +230,7 @@ def open_run(
             config, trained = _take_up(config, graph, resume=resume, if_changed=if_changed)
             write_config(config.run_dir / "config.yaml", config, graph.fingerprint)
             with mirrored_run(config, lock):
-                yield Run(config, graph, progress, stop, trained=trained)
+                yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes)
 
 
 def _take_up(
