@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
+from penstock.storage.errors import InUse
 from penstock.storage.remote.hostlock import flocked
 
 _LOCK = ".lock"
@@ -25,7 +26,7 @@ def own_folder(parent: Path, key: str) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        with flocked(parent / _LOCK, wait_s=_PATIENCE_S):
+        with _tidying(parent):
             folder = _choose(parent, key, held)
         try:
             yield folder
@@ -35,6 +36,17 @@ def own_folder(parent: Path, key: str) -> Iterator[Path]:
             _delete(parent, folder)
             raise
         _delete(parent, folder)
+
+
+@contextmanager
+def _tidying(parent: Path) -> Iterator[None]:
+    """Hold the parent's lock; InUse where another process does not let go of it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(flocked(parent / _LOCK, wait_s=_PATIENCE_S))
+        except BlockingIOError as error:
+            raise InUse(f"{parent} has been in use by {error} for {_PATIENCE_S:g} s; run the command again") from error
+        yield
 
 
 def _choose(parent: Path, key: str, held: ExitStack) -> Path:
@@ -60,5 +72,5 @@ def _choose(parent: Path, key: str, held: ExitStack) -> Path:
 
 
 def _delete(parent: Path, folder: Path) -> None:
-    with flocked(parent / _LOCK, wait_s=_PATIENCE_S):
+    with _tidying(parent):
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
 from penstock.launch_options import KubernetesOptions, SubmitOptions
-from penstock.run_options import RunOptions
+from penstock.run_options import RunOptions, TrainOptions
 from penstock.storage import logs
 
 app = App(
@@ -140,7 +140,7 @@ def pack(dataset: str | None = None, *, options: RunOptions | None = None) -> No
 def train(
     dataset: str | None = None,
     *,
-    options: RunOptions | None = None,
+    options: TrainOptions | None = None,
     resume: bool = True,
     if_changed: bool = False,
     in_memory: bool = False,
@@ -155,7 +155,7 @@ def train(
     """
     from penstock.run_verbs import run_train
 
-    options = options or RunOptions()
+    options = options or TrainOptions()
     run_train(
         options.load(dataset, feed="memory" if in_memory else None),
         force=options.force,
@@ -170,7 +170,7 @@ def train(
 def submit(
     dataset: str | None = None,
     *,
-    options: RunOptions | None = None,
+    options: TrainOptions | None = None,
     job: SubmitOptions | None = None,
     if_changed: bool = False,
 ) -> None:
@@ -182,14 +182,14 @@ def submit(
     """
     from penstock.launch_verbs import How, run_submit
 
-    run, config = options or RunOptions(), (options or RunOptions()).load(dataset)
+    run, config = options or TrainOptions(), (options or TrainOptions()).load(dataset)
     how: How = "force" if run.force else "if_changed" if if_changed else "resume"
     sys.exit(run_submit(config, job or SubmitOptions(), how=how, copy=run.result_json, quiet=run.quiet))
 
 
 @k8s.command
 def render(
-    dataset: str | None = None, *, options: RunOptions | None = None, manifest: KubernetesOptions | None = None
+    dataset: str | None = None, *, options: TrainOptions | None = None, manifest: KubernetesOptions | None = None
 ) -> None:
     """Print manifests: a RayJob for KubeRay 1.7, or a plain Job for one machine; for `kubectl apply -f -`.
 
@@ -198,7 +198,7 @@ def render(
     """
     from penstock.launch_verbs import run_render
 
-    run = options or RunOptions()
+    run = options or TrainOptions()
     run_render(run.load(dataset), manifest or KubernetesOptions(), run)
 
 

@@ -81,8 +81,6 @@ class RunOptions:
     "Trackers that get all numbers: tensorboard, mlflow, wandb, separated by commas."
     trace: str | None = None
     "Write timeline.json, for Perfetto, of steps first:stop."
-    result_json: str | None = None
-    "Write a copy of result.json there, at a path or URI."
     force: bool = False
     "Delete what an earlier run left in the run folder and start anew."
     quiet: bool = False
@@ -140,3 +138,12 @@ class RunOptions:
             "train.threads": self.threads,
         }
         return load_config(self.config, self.set, flags)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """Options of the verbs that end with a result."""
+
+    result_json: str | None = None
+    "Write a copy of result.json there, at a path or URI."

@@ -98,6 +98,8 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "train.epoch=3"], 2, "'epochs'"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "modle.kind=gcn"], 2, "'model'"),
         (["train", "{graph}"], 2, "run_dir is missing"),
+        (["plan", "{graph}", "--run-dir", "{tmp}/r", "--result-json", "{tmp}/x"], 2, "--result-json"),
+        (["pack", "{graph}", "--run-dir", "{tmp}/r", "--result-json", "{tmp}/x"], 2, "--result-json"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "lots"], 2, "'lots' is not a size"),
         (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
         (["inspect", "{tmp}"], 3, "no graph store"),
