@@ -94,7 +94,7 @@ def test_damaged_one_is_skipped_with_a_warning(damage: str, tmp_path: Path, capl
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     (_write(tmp_path, 1) / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FormatError, match="delete the folder"):
+    with pytest.raises(FormatError, match=r"no checkpoint in .* is intact .*; delete .* to train from the start"):
         read_latest(tmp_path)
 
 

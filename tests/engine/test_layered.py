@@ -57,7 +57,11 @@ def graph() -> Block:
     counts = torch.randint(0, 7, (NODES,), generator=generator)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
     indices = torch.randint(0, NODES, (int(indptr[-1]),), generator=generator, dtype=torch.int32)
-    return Block(num_src=NODES, num_dst=NODES, indptr=indptr, indices=indices, src_degrees=counts.int())
+    dst = torch.repeat_interleave(torch.arange(NODES), counts)
+    loops = torch.bincount(dst[indices == dst], minlength=NODES).int()
+    return Block(
+        num_src=NODES, num_dst=NODES, indptr=indptr, indices=indices, src_degrees=counts.int(), src_loops=loops
+    )
 
 
 def drawn(block: Block, layer: int, ids: Tensor | None = None) -> Block:
@@ -71,13 +75,14 @@ def cut(graph: Block, own: Tensor) -> tuple[Block, Tensor]:
     halo = torch.tensor(sorted(set(edges.tolist()) - set(own.tolist()), reverse=True), dtype=torch.int64)
     ids = torch.cat([own, halo])
     local = torch.full((NODES,), -1).index_copy(0, ids, torch.arange(len(ids)))
-    assert graph.src_degrees is not None
+    assert graph.src_degrees is not None and graph.src_loops is not None
     return Block(
         num_src=len(ids),
         num_dst=len(own),
         indptr=torch.tensor([0, *(len(span) for span in spans)]).cumsum(0).int(),
         indices=local[edges].int(),
         src_degrees=graph.src_degrees[ids],
+        src_loops=graph.src_loops[ids],
     ), ids
 
 

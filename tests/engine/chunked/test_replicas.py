@@ -1,6 +1,5 @@
 """Replicas of a grid: what each draws, that their plans fit together, and that they train as one that averages them."""
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from penstock.engine.chunked.torch_transport import _lanes
 from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
 from penstock.engine.chunked.validate import ScheduleError, validate_plan, validate_replicas
 from penstock.engine.trainer import Stopped
+from penstock.storage.manifest import read_json, write_json
 
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
@@ -369,8 +369,8 @@ def test_checkpoints_from_before_replicas_are_of_one(make_case: MakeCase) -> Non
     case = make_case(kind="gcnii", dropout=0.3, replicas=1)
     folder, whole = stopped_after(case, 2), case.run()
     (path,) = (folder / "checkpoints").glob("step-*/state.json")
-    value = json.loads(path.read_text())
+    value = read_json(path)
     assert value["state"].pop("replicas") == 1
     assert not [name for name in value["files"] if "replica" in name]
-    path.write_text(json.dumps(value))
+    write_json(path, value)
     assert case.equal(go_on(case, folder), whole)
