@@ -27,6 +27,7 @@ from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.sampler.policies import PolicyName
 from penstock.storage.budget import GIB, Budgets, free_disk, num_threads
 from penstock.storage.directio import DirectFile, aligned_buffer, page_up
+from penstock.storage.errors import DoesNotFit
 from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore
 from penstock.storage.trace import Trace
@@ -129,18 +130,33 @@ class _Bench:
 def plan_for_tier(
     graph: GraphStore, trace: Trace, policy: PolicyName, slots: int, rates: DiskRates, scratch: Path
 ) -> Plan:
-    """Find a budget whose plan has a host tier of `slots` rows, within 0.2 %; the rest of it depends on the plan."""
+    """Find a budget whose plan has a host tier of `slots` rows, within 0.2 %; the rest of it depends on the plan.
+
+    On small graphs the tier is what the least budget that holds the items leaves.
+    """
     row_bytes = graph.row_format.row_bytes
     largest = max(max(window.index.num_inputs) for window in trace.windows())
     host_bytes = (slots + 8 * largest) * row_bytes
     for _ in range(8):
-        budgets = Budgets(device_bytes=0, host_bytes=host_bytes, disk_bytes=free_disk(scratch.parent))
-        config = PlanConfig(mode="reuse", policy=policy)
-        plan = plan_packs(graph, trace, config, budgets, disk_rates=rates, scratch=scratch)
+        plan = _plan_within(graph, trace, policy, host_bytes, rates, scratch)
         if policy == "none" or abs(plan.meta.host_slots - slots) <= slots // 500:
             break
         host_bytes += (slots - plan.meta.host_slots) * row_bytes
     return plan
+
+
+def _plan_within(
+    graph: GraphStore, trace: Trace, policy: PolicyName, host_bytes: int, rates: DiskRates, scratch: Path
+) -> Plan:
+    """Plan in `host_bytes`, or in the least that holds its items: those of a small graph are much of it."""
+    budgets = Budgets(device_bytes=0, host_bytes=host_bytes, disk_bytes=free_disk(scratch.parent))
+    config = PlanConfig(mode="reuse", policy=policy)
+    try:
+        return plan_packs(graph, trace, config, budgets, disk_rates=rates, scratch=scratch)
+    except DoesNotFit as error:
+        if error.host_bytes is None or error.host_bytes <= host_bytes:
+            raise
+        return _plan_within(graph, trace, policy, error.host_bytes, rates, scratch)
 
 
 def _row_rate(gather: Callable[[NDArray[Any]], object], ids: NDArray[Any]) -> Callable[[], float]:

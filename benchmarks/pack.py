@@ -20,7 +20,7 @@ from penstock.sampler.neighbors import SampleConfig, sample_trace
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.storage.budget import GIB, MIB, Budgets, free_disk, num_threads, peak_rss_bytes
-from penstock.storage.directio import IO_BYTES, DirectFile, aligned_buffer, page_up
+from penstock.storage.directio import IO_BYTES, PAGE, DirectFile, aligned_buffer, page_up
 from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore, open_graph
 from penstock.storage.trace import Trace, open_trace
@@ -57,22 +57,23 @@ def _packing(graph: GraphStore, trace: Trace, plan: Plan, out: Path, memory: int
 def _copy(source: Path, target: Path, *, read_ahead: bool) -> float:
     """Copy a file and return bytes read and written per second."""
     target.unlink(missing_ok=True)
-    buffers = [aligned_buffer(IO_BYTES) for _ in range(2)]
+    request = min(IO_BYTES, source.stat().st_size // PAGE * PAGE)  # a small table is less than one
+    buffers = [aligned_buffer(request) for _ in range(2)]
     started = perf_counter()
     with DirectFile(source, "read") as reading, DirectFile(target, "write") as writing, ThreadPoolExecutor(1) as pool:
-        num_bytes = reading.num_bytes // IO_BYTES * IO_BYTES
+        num_bytes = reading.num_bytes // request * request
         writing.reserve(page_up(num_bytes))
 
         def read(offset: int) -> None:
             if offset < num_bytes:
-                reading.read_into(buffers[offset // IO_BYTES % 2], offset, IO_BYTES)
+                reading.read_into(buffers[offset // request % 2], offset, request)
 
         read(0)
-        for offset in range(0, num_bytes, IO_BYTES):
-            coming = pool.submit(read, offset + IO_BYTES) if read_ahead else None
-            writing.write_from(buffers[offset // IO_BYTES % 2], offset, IO_BYTES)
+        for offset in range(0, num_bytes, request):
+            coming = pool.submit(read, offset + request) if read_ahead else None
+            writing.write_from(buffers[offset // request % 2], offset, request)
             if coming is None:
-                read(offset + IO_BYTES)
+                read(offset + request)
             else:
                 coming.result()
         writing.sync()

@@ -35,7 +35,7 @@ def quickstart(
 
     Args:
         directory: Folder for the graph (1 GiB at the default size) and the two runs.
-        num_nodes: Size of the graph.
+        num_nodes: Size of the graph; 50,000 or more.
         result_json: Write a copy of result.json there.
         quiet: No progress.
     """
@@ -289,7 +289,7 @@ def bench(
     Args:
         name: What to measure.
         out_of_core: Of `bench pipeline`, the case whose histories do not fit in memory, and no other.
-        scale: Size of the graph, 1 is that of the published results; 0.1 takes under a minute.
+        scale: Size of the graph, from 0.002 to 10; 1 is that of the published results, 0.1 takes under a minute.
         repeats: Interleaved repeats; medians are compared.
         directory: Folder for the graph and packs; default: a temporary one.
         device: Where `bench epoch` trains, cpu or cuda; the others measure the host.

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from penstock.display import print_table, progress
+from penstock.exit_codes import DOES_NOT_FIT
 from penstock.machine import hardware, versions
 from penstock.storage.budget import MIB, format_bytes, require_free_disk
-from penstock.storage.errors import DataError
+from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import read_json, write_json
 
 NUM_FEATURES = 256
 BUDGET_SHARE = 8  # the host memory given is this fraction of the features
+LEAST_NODES = 50_000  # an eighth of the features of fewer does not hold what packing needs
+_BATCH_NODES = 1_000_000 // 256  # nodes per seed of a batch: an eighth of fewer features holds smaller batches
+_LARGEST_BATCH = 256
 _SETTINGS = {
     "--fanouts": "5,10",
-    "--batch-size": "256",
     "--hidden": "64",
     "--epochs": "3",
     "--lr": "0.003",
@@ -33,9 +36,12 @@ def _train(graph: GraphStore, run_dir: Path, host_memory: int | None, quiet: boo
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     command += ["-m", "penstock", "train", str(graph.path), "--run-dir", str(run_dir)]
     command += [word for pair in _SETTINGS.items() for word in pair]
+    command += ["--batch-size", str(min(_LARGEST_BATCH, graph.num_nodes // _BATCH_NODES))]
     command += ["--in-memory"] if host_memory is None else ["--host-memory", str(host_memory)]
     command += ["--quiet"] if quiet else []
     code = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
+    if code == DOES_NOT_FIT:
+        raise DoesNotFit(f"training in {run_dir} does not fit this machine (see above); use a smaller --num-nodes")
     if code:
         raise DataError(f"training in {run_dir} ended with exit code {code}; its message is above")
     result: dict[str, Any] = read_json(run_dir / "result.json")
@@ -43,7 +49,12 @@ def _train(graph: GraphStore, run_dir: Path, host_memory: int | None, quiet: boo
 
 
 def run_quickstart(directory: Path, *, num_nodes: int, result_json: Path | None, quiet: bool) -> dict[str, Any]:
-    """Generate, train out of core, train in memory, compare; write `directory/result.json` and return it."""
+    """Generate, train out of core, train in memory, compare; write `directory/result.json` and return it.
+
+    ValueError for fewer than `LEAST_NODES`.
+    """
+    if num_nodes < LEAST_NODES:
+        raise ValueError(f"--num-nodes {num_nodes} is too few to train out of core; use {LEAST_NODES} or more")
     config = GenerateConfig(
         num_nodes=num_nodes, num_features=NUM_FEATURES, avg_degree=16, train=0.03, valid=0.005, test=0.01
     )

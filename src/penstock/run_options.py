@@ -27,7 +27,7 @@ class RunOptions:
     "Bytes of device memory for the device tier. Default: 0 on CPU, half of what is free on CUDA."
     disk: str | None = None
     "Bytes of disk for packs and scratch. Default: nine tenths of what is free."
-    fanouts: str | None = None
+    fanouts: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     "Neighbours per layer, input side first, seeds last (DGL order): 10,15,20; -1 takes all."
     batch_size: int | None = None
     "Seeds per item."

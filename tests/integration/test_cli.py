@@ -77,6 +77,20 @@ def test_without_resume_it_trains_again_on_the_same_packs_to_the_same_weights(gr
     assert packs and {path: path.stat().st_mtime_ns for path in packs} == packs
 
 
+def test_all_neighbours_are_asked_for_as_the_help_says(graph: Path, tmp_path: Path) -> None:
+    words = ["--fanouts", "-1,-1", "--batch-size", "64", "--hidden", "16", "--host-memory", "64MiB", "--quiet"]
+    done = penstock("plan", graph, "--run-dir", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["sampler"]["fanouts"] == [-1, -1]
+
+
+@pytest.mark.slow
+def test_the_smallest_quick_start(tmp_path: Path) -> None:
+    done = penstock("quickstart", tmp_path, "--num-nodes", "50000", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["losses_equal"]
+
+
 def test_another_configuration_is_refused_by_name(graph: Path, trained: Path) -> None:
     done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--lr", "0.5")
     assert done.returncode == 2
@@ -104,7 +118,9 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
         (["inspect", "{tmp}"], 3, "no graph store"),
         (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
-        (["bench", "sample", "--scale", "0"], 2, "scale"),
+        (["bench", "sample", "--scale", "0.0019"], 2, "--scale 0.0019 must be from 0.002"),
+        (["quickstart", "{tmp}/q", "--num-nodes", "49999"], 2, "use 50000 or more"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--fanouts", "-x"], 2, "write integers"),
     ],
 )
 def test_mistakes_have_an_exit_code_and_a_remedy(
