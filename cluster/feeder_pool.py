@@ -4,16 +4,13 @@ Nobody waits in `poll`, which the loop that drives training calls now and then.
 """
 
 import logging
-import multiprocessing
-import os
-import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +20,7 @@ from penstock.cluster.feeder_folder import sweep
 from penstock.engine.chunked.backend import NoRoomYet, RankFailed
 from penstock.engine.supervision.events import FeederFailed, ReplaceFeeder
 from penstock.engine.supervision.policy import State, step
+from penstock.storage.children import start_child
 from penstock.storage.lifeline import end_with
 from penstock.storage.transfer import Address, Refused, connect, new_token
 
@@ -162,10 +160,9 @@ class FeederPool:
             thread.join()
 
 
-def _serve(spec: FeederSpec, token: bytes, pipe: Connection, parent: int) -> None:
+def _serve(pipe: Connection, parent: int, spec: FeederSpec, token: bytes) -> None:
     """A feeder's process: tell the address, then serve until the other end of the pipe is closed."""
     end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
     try:
         with open_feeder(spec, token) as (_, address):
             pipe.send(address)
@@ -179,21 +176,14 @@ class FeederProcess:
     """A feeder in a child process; see `Handle`."""
 
     def __init__(self, spec: FeederSpec, token: bytes) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         self.address: Address | None = None
         self._folder, self._error = spec.folder, ""
-        self._process: BaseProcess = context.Process(
-            target=_serve, args=(spec, token, theirs, os.getpid()), name="penstock-feeder", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process, self._pipe = start_child(_serve, spec, token)
         self.where = f"this machine (process {self._process.pid})"
 
     @property
     def pid(self) -> int:
         """Of the process."""
-        assert self._process.pid is not None
         return self._process.pid
 
     def look(self) -> str | None:
@@ -207,17 +197,19 @@ class FeederProcess:
                     self.address = found
         except (EOFError, OSError):
             pass  # the process is ending; its exit code tells more
-        code = self._process.exitcode
+        code = self._process.poll()
         return None if code is None else self._error or f"it died with exit code {code} (negative: of that signal)"
 
     def stop(self) -> None:
         """See `Handle`."""
         self.address = None
         self._pipe.close()
-        self._process.join(_STOP_S if self._process.exitcode is None and not _is_frozen(self.pid) else 0)
-        if self._process.is_alive():
+        try:
+            self._process.wait(0 if _is_frozen(self.pid) else _STOP_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join(_STOP_S)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
         sweep(self._folder)
 
 
@@ -242,8 +234,8 @@ def open_feeder_processes(
 ) -> Iterator[FeederPool]:
     """Start feeders as processes of this machine, on the loopback; none of them, and no file, is left afterwards.
 
-    Their disk folders are in `folder`. To be called from the main thread of a program that lives as long, with the
-    usual `if __name__ == "__main__"`. They may not be ready yet: see `wait_ready`.
+    Their disk folders are in `folder`. To be called from the main thread of a program that lives as long. They may not
+    be ready yet: see `wait_ready`.
     """
     token = new_token()
     spec = FeederSpec(

@@ -4,15 +4,15 @@ It writes `error.json` when it fails, so that the consumer learns why, and ends 
 """
 
 import logging
-import multiprocessing
 import os
 import shutil
+import subprocess
 import threading
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,7 @@ from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
 from penstock.sampler.rolling import clear_windows, produce_windows
 from penstock.storage.budget import Budgets
+from penstock.storage.children import start_child
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit, FormatError, Outgrown
 from penstock.storage.graph import Split
@@ -55,7 +56,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(order: Order, parent: int) -> None:
+def _work(_: Connection, parent: int, order: Order) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         produce_windows(
@@ -83,7 +84,16 @@ class Producer:
 
     def __init__(self, order: Order) -> None:
         self._order, self.out = order, order.out
-        self._process = _start(order)
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that is at work now."""
+        return self._process.pid
+
+    def _start(self) -> None:
+        self._process, connection = start_child(_work, self._order)
+        connection.close()
 
     def __enter__(self) -> "Producer":
         return self
@@ -101,7 +111,7 @@ class Producer:
                 sizes = {name: report[name] for name in ("host_bytes", "disk_bytes")}
                 raise _BUDGETS[report["kind"]](message, **sizes)
             raise _KINDS.get(report["kind"], RuntimeError)(message)
-        code = self._process.exitcode
+        code = self._process.poll()
         if code:
             raise RuntimeError(
                 f"the producer of rolling windows in {self.out} died with exit code {code} (negative: killed by that "
@@ -120,26 +130,19 @@ class Producer:
         self.stop()
         self._order = replace(self._order, start_step=step)
         clear_windows(self.out)
-        self._process = _start(self._order)
+        self._start()
         self.wait_until_ready()
 
     def stop(self) -> None:
         """End the process, and delete its scratch; a second call does nothing."""
         self._process.terminate()
-        self._process.join(_STOP_S)
-        if self._process.is_alive():
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
         for name in ("traces", "scratch", "probe"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-
-
-def _start(order: Order) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_work, args=(order, os.getpid()), name="penstock-producer", daemon=True
-    )
-    process.start()
-    return process
 
 
 def start_producer(
@@ -157,7 +160,7 @@ def start_producer(
 ) -> Producer:
     """Start producing into the folder `out`, which is cleared; returns when the pack set can be opened.
 
-    Raises what the producer raises before that. Programs that call this need the usual `if __name__ == "__main__"`.
+    Raises what the producer raises before that.
     """
     clear_windows(out)
     order = Order(

@@ -1,7 +1,6 @@
 """Ranks as child processes of this one, on one machine.
 
-Children are started as fresh interpreters with this one's `sys.path`, not by `multiprocessing`: that would run the
-user's script again. Each has a socket to its parent, which the end of a child closes: that wakes the parent at once.
+Each child (see `storage.children`) has a socket to its parent, which its end closes: that wakes the parent at once.
 Every wait is watched: for answers by the failure policy, for the end of a child by a clock.
 """
 
@@ -13,27 +12,24 @@ import platform
 import queue
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.chunked.backend import POLL_S, Board, Poll, WorkerSpec, open_board, spread_over_gpus
 from penstock.engine.chunked.failures import died, exit_reason
 from penstock.engine.chunked.torch_transport import GroupBackend
-from penstock.engine.chunked.worker import OPEN_RANK, Start
+from penstock.engine.chunked.worker import OPEN_RANK, Start, serve_rank
 from penstock.engine.supervision import stacks
 from penstock.engine.supervision.watch import START_S, Watch
+from penstock.storage.children import start_child
 
 logger = logging.getLogger(__name__)
 
-_CODE = "import sys; handle, parent, *sys.path = sys.argv[1:]; from penstock.engine.chunked.worker import main; "
-_CODE += "main(int(handle), int(parent))"
 _GRACE_S = 20.0  # for children that were told to end
 _KILL_S = 5.0  # for one that was killed: what sleeps in the kernel, on a disk that is gone, may never end
 
@@ -47,16 +43,7 @@ class _Child:
     def __init__(self, rank: int, threads: int, answers: "queue.SimpleQueue[tuple[int, bytes | None]]") -> None:
         self.rank, self._answers = rank, answers
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.connection, theirs = Pipe()
-        with theirs:
-            handle = theirs.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(handle), str(os.getpid()), *map(str, sys.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # our stdout is for results
-                pass_fds=[handle],
-                env=_environment(threads),
-            )
+        self.process, self.connection = start_child(serve_rank, environment=_environment(threads))
         self._threads = [
             threading.Thread(target=work, name=f"{name}-{rank}", daemon=True)
             for name, work in (("answers", self._read), ("messages", self._write))

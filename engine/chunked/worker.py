@@ -119,22 +119,19 @@ def _serve(start: Start, connection: Connection, calls: "queue.SimpleQueue[bytes
     return well and bool(pickle.loads(value))
 
 
-def main(handle: int, parent: int) -> None:
-    """Be a rank for the process `parent`, at the other end of the socket `handle`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve_rank(connection: Connection, parent: int) -> None:
+    """Be a rank for the process `parent`, at the other end of the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with(parent)
-    os.set_inheritable(handle, False)
-    with Connection(handle) as connection:
-        start: Start = pickle.loads(connection.recv_bytes())
-        configure_logging(start.spec)
-        write_when_asked(stacks_file(start.spec.scratch, start.spec.rank))
-        calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
-        well = _serve(start, connection, calls)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0 if well else 1)  # the reader still waits on the socket
+    start: Start = pickle.loads(connection.recv_bytes())
+    configure_logging(start.spec)
+    write_when_asked(stacks_file(start.spec.scratch, start.spec.rank))
+    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
+    well = _serve(start, connection, calls)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if well else 1)  # the reader still waits on the connection
 
 
 def configure_logging(spec: WorkerSpec) -> None:

@@ -165,9 +165,8 @@ def test_a_killed_producer_is_told_and_a_new_one_serves_the_same(tiny_graph: Gra
     with begin(tiny_graph, out) as producer:
         consumer = Consumer(out, tiny_graph, 0)
         until(consumer.take, producer)
-        assert producer._process.pid is not None
-        os.kill(producer._process.pid, signal.SIGKILL)
-        until(lambda: producer._process.exitcode is not None)
+        os.kill(producer.pid, signal.SIGKILL)
+        until(lambda: not _runs(producer.pid))
         with pytest.raises(RuntimeError, match="-9"):
             producer.check()
     step = max(consumer.items) + 1
@@ -194,18 +193,17 @@ from penstock.sampler.plan import PlanConfig, feature_table
 from penstock.sampler.producer import start_producer
 from penstock.storage.budget import Budgets
 
-if __name__ == "__main__":
-    producer = start_producer(
-        Path(sys.argv[1]),
-        Path(sys.argv[2]),
-        SampleConfig(fanouts=(3, 3), batch_size=16),
-        PlanConfig(),
-        Budgets(device_bytes=0, host_bytes=110_000, disk_bytes=220_000),
-        start_step=0,
-        stop_step=1000,
-    )
-    print(producer._process.pid, flush=True)
-    time.sleep(600)
+producer = start_producer(
+    Path(sys.argv[1]),
+    Path(sys.argv[2]),
+    SampleConfig(fanouts=(3, 3), batch_size=16),
+    PlanConfig(),
+    Budgets(device_bytes=0, host_bytes=110_000, disk_bytes=220_000),
+    start_step=0,
+    stop_step=1000,
+)
+print(producer.pid, flush=True)
+time.sleep(600)
 """
 
 
