@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from penstock.engine.chunked.checkpoints import (
 from penstock.engine.chunked.planning import plan_replicas
 from penstock.engine.chunked.schedule import EpochPlan, plan_exact
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
+from penstock.engine.chunked.state import ChunkedResult, ChunkedState
 from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.validate import validate_plan
 from penstock.engine.metrics import Counts, Listener, Metrics, MetricsWriter
@@ -46,39 +47,6 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_S = 10.0  # epochs shorter than this are not worth a checkpoint each
 _CHECKPOINT_SHARE = 0.05  # of the time may go into checkpoints that nobody asked for: histories are large
-
-
-@dataclass(slots=True, kw_only=True)
-class ChunkedState:
-    """Where training is: the JSON part of a checkpoint."""
-
-    epochs_done: int = 0
-    stopped_early: bool = False
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_score: float | None = None
-    best_loss: float | None = None
-    metrics_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkedResult:
-    """What training came to. `weights` are the best ones where there was an evaluation; times are of this process."""
-
-    weights: dict[str, Tensor]
-    state: ChunkedState
-    resumed_from: int
-    reports: tuple[RankReport, ...]
-    epoch_s: tuple[float, ...]
-    exact_s: float
-    checkpoint_s: float
-    history_errors: dict[int, float]
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        """Training loss of every epoch."""
-        return tuple(self.state.losses)
 
 
 class ChunkedTrainer:
@@ -319,15 +287,7 @@ class ChunkedTrainer:
                 f"an evaluation loss is not finite after epoch {epoch}: {dict(found)}; lower lr={train.lr}"
             )
         state.evaluations.append({"epoch": epoch, **{split: m.to_json() for split, m in found.items()}})
-        if "valid" not in found:
-            return
-        valid = found["valid"]
-        score = -valid.loss if train.metric == "loss" else float(getattr(valid, train.metric))
-        best = (-math.inf, -math.inf)
-        if state.best_score is not None and state.best_loss is not None:
-            best = (state.best_score, -state.best_loss)
-        if (score, -valid.loss) > best:
-            state.best_epoch, state.best_score, state.best_loss = epoch, score, valid.loss
+        if "valid" in found and state.improves(epoch, found["valid"], train.metric):
             self._call("keep_best")
 
     def _exact(

@@ -16,9 +16,10 @@ from penstock.engine.adapters import require
 from penstock.engine.chunked.backend import OpenBackend
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.spec import RankReport
+from penstock.engine.chunked.state import ChunkedResult
 from penstock.engine.chunked.telemetry import epoch_record
 from penstock.engine.chunked.threads import open_threads
-from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
+from penstock.engine.chunked.trainer import ChunkedTrainer
 from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model

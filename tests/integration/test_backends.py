@@ -16,8 +16,9 @@ from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankSpec
+from penstock.engine.chunked.state import ChunkedResult
 from penstock.engine.chunked.threads import open_threads
-from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer, initial_weights
+from penstock.engine.chunked.trainer import ChunkedTrainer, initial_weights
 from penstock.engine.models import ModelConfig, build_model
 from penstock.engine.trainer import TrainConfig
 from penstock.sampler.chunking.config import PartitionConfig

@@ -25,8 +25,9 @@ from penstock.engine.chunked.rank import Rank, open_rank
 from penstock.engine.chunked.schedule import EpochPlan, chunk_order, plan_epoch, plan_exact
 from penstock.engine.chunked.setup import make_specs
 from penstock.engine.chunked.spec import FeatureSpec, RankReport, RankSpec
+from penstock.engine.chunked.state import ChunkedResult
 from penstock.engine.chunked.threads import open_threads
-from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer, initial_weights
+from penstock.engine.chunked.trainer import ChunkedTrainer, initial_weights
 from penstock.engine.chunked.transport import ThreadHub, ThreadTransport
 from penstock.engine.models import ModelConfig, build_model
 from penstock.engine.trainer import TrainConfig

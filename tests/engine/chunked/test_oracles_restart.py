@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from penstock.engine.chunked.backend import RankFailed, open_board
+from penstock.engine.chunked.state import ChunkedResult
 from penstock.engine.chunked.threads import open_threads
-from penstock.engine.chunked.trainer import ChunkedResult, is_worth_saving
+from penstock.engine.chunked.trainer import is_worth_saving
 from penstock.engine.trainer import Stopped
 
 if TYPE_CHECKING:

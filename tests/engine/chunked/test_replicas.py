@@ -26,10 +26,11 @@ from penstock.engine.chunked.schedule import (
 )
 from penstock.engine.chunked.simulate import count_slots, simulate, uniform_costs
 from penstock.engine.chunked.spec import RankSpec
+from penstock.engine.chunked.state import ChunkedResult
 from penstock.engine.chunked.stepping import StageOptimizer
 from penstock.engine.chunked.threads import ThreadBackend, open_threads
 from penstock.engine.chunked.torch_transport import _lanes
-from penstock.engine.chunked.trainer import ChunkedResult, ChunkedTrainer
+from penstock.engine.chunked.trainer import ChunkedTrainer
 from penstock.engine.chunked.validate import ScheduleError, validate_plan, validate_replicas
 from penstock.engine.trainer import Stopped
 from penstock.storage.manifest import read_json, write_json
