@@ -5,8 +5,10 @@ topology come first, the rest is shared out among the ranks, for what they keep 
 does not fit goes to disk.
 """
 
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,7 +36,7 @@ from penstock.sampler.chunking.trace import write_chunk_trace
 from penstock.sampler.chunking.write import write_chunks
 from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import PlanConfig, plan_packs
-from penstock.storage.budget import total_memory, trim_heap
+from penstock.storage.budget import format_bytes, total_memory, trim_heap
 from penstock.storage.chunks import ChunkStore, open_chunks
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.manifest import is_published, read_json, write_json
@@ -145,20 +147,23 @@ def _pack(
     )
     if is_complete(packs):
         return packs
-    trace = write_chunk_trace(
-        run.graph,
-        chunks,
-        part,
-        out / "trace",
-        sequence=sequence,
-        halo=halo,
-        host_memory=run.budgets.host_bytes // 2,
-        progress=run.progress,
-    )
+    half = run.budgets.host_bytes // 2
+    with _of_whole(run, half):
+        trace = write_chunk_trace(
+            run.graph,
+            chunks,
+            part,
+            out / "trace",
+            sequence=sequence,
+            halo=halo,
+            host_memory=half,
+            progress=run.progress,
+        )
     budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0, disk_bytes=disk_bytes)
-    planned = plan_packs(
-        run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
-    )
+    with _of_whole(run, host_bytes):
+        planned = plan_packs(
+            run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
+        )
     if planned.mode != "reuse":
         assert planned.summary is not None
         raise DoesNotFit(
@@ -168,10 +173,30 @@ def _pack(
             "or give more --host-memory",
             disk_bytes=planned.summary.disk_needed_bytes * run.config.cluster.replicas,
         )
-    write_packs(planned, run.graph, trace, packs, host_memory=run.budgets.host_bytes // 2, progress=run.progress)
+    with _of_whole(run, half):
+        write_packs(planned, run.graph, trace, packs, host_memory=half, progress=run.progress)
     for scratch in ("trace", "plan"):
         shutil.rmtree(out / scratch, ignore_errors=True)
     return packs
+
+
+@contextmanager
+def _of_whole(run: Run, part: int) -> Iterator[None]:
+    """Let a step that has a part of the host memory name what the whole has to be."""
+    try:
+        yield
+    except DoesNotFit as error:
+        if error.host_bytes is None:
+            raise
+        whole = run.budgets.host_bytes
+        enough = math.ceil(error.host_bytes * whole / max(part, 1)) + 1
+        problem = str(error).partition("; use ")[0]
+        raise DoesNotFit(
+            f"--host-memory {format_bytes(whole)} is too small: {problem}, its share; use --host-memory {enough} or "
+            "more, or more chunks",
+            host_bytes=enough,
+            disk_bytes=error.disk_bytes,
+        ) from error
 
 
 def _features(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Module, sizes: Sizes) -> list[FeatureSpec]:
