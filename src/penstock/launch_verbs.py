@@ -123,7 +123,7 @@ def _graph_of(config: RunConfig) -> GraphStore:
 def _submit(jobs: "Jobs", value: dict[str, Any], *, wait: bool, how: How, say: Say) -> Submitted:
     job, is_new = _find_or_submit(jobs, value, how)
     result = f"{value['run_dir'].rstrip('/')}/result.json"
-    status, code, already_done = job.status, OK, job.succeeded
+    status, code, already_done = job.status, OK, job.succeeded and not is_new
     if already_done:
         say(f"{job.id}: already done; the result is in {result}\n")
     elif not wait:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,11 +11,14 @@ import pytest
 from penstock import exit_codes
 from penstock.cluster.jobs import Job
 from penstock.config import RunConfig, load_config
-from penstock.launch_verbs import job_exit_code, submission_id
+from penstock.launch_verbs import is_done, job_exit_code, submission_id
 from penstock.portable import portable_config, spans_ray
 from penstock.report import write_result
 from penstock.storage.errors import DataError
+from penstock.storage.generate import GenerateConfig, generate_graph
+from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import write_json
+from penstock.training import train
 
 
 def config(**flags: Any) -> RunConfig:
@@ -79,6 +83,33 @@ def test_exit_codes_come_from_the_driver_else_from_the_result(tmp_path: Path) ->
     assert job_exit_code(job(status="STOPPED"), str(result)) == 75
     write_json(result, {"status": "failed", "finished_at": "soon"})
     assert job_exit_code(job(started_at=1e9), str(result)) == 1
+
+
+def test_done_is_a_folder_with_the_result_of_this_graph_and_configuration(
+    tiny_graph: GraphStore, tmp_path: Path
+) -> None:
+    place = tmp_path / "graph"
+    shutil.copytree(tiny_graph.path, place)
+    flags: dict[str, Any] = {"dataset": place, "run_dir": tmp_path / "run", "train.epochs": 1, "train.threads": 1}
+    flags |= {"sampler.fanouts": (2,), "sampler.batch_size": 64, "budgets.host_memory": "24MiB"}
+
+    def done(**changes: Any) -> bool:
+        return is_done(load_config(flags=flags | changes))
+
+    assert not done()
+    train(load_config(flags=flags))
+    assert done() and done(**{"budgets.host_memory": "48MiB", "run_dir": (tmp_path / "run").as_uri()})
+    assert not done(**{"train.epochs": 2}) and not done(**{"train.lr": 0.5})
+    other = GenerateConfig(num_nodes=tiny_graph.num_nodes, num_features=tiny_graph.meta.num_features, avg_degree=3)
+    shutil.rmtree(place)
+    assert not done()
+    generate_graph(place, other, host_memory=32 << 20)
+    assert not done(), "another graph under the same path"
+    shutil.rmtree(place)
+    shutil.copytree(tiny_graph.path, place)
+    assert done()
+    shutil.rmtree(tmp_path / "run")
+    assert not done()
 
 
 def penstock(*arguments: str, before: str = "pass") -> "subprocess.CompletedProcess[str]":
