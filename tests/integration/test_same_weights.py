@@ -71,6 +71,14 @@ def test_samples(options: dict[str, Any], graph: Path, tmp_path: Path, sampled: 
     assert weights_of(graph, tmp_path / "run", **SAMPLED | options) == sampled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("feeders", [1, 2])
+def test_samples_from_feeders(feeders: int, graph: Path, tmp_path: Path) -> None:
+    """Feeders roll, so the run without them does, too."""
+    rolled = weights_of(graph, tmp_path / "rolled", **SAMPLED, **{"plan.mode": "rolling"})
+    assert weights_of(graph, tmp_path / "fed", **SAMPLED, **{"cluster.feeders": feeders}) == rolled
+
+
 @pytest.mark.parametrize(
     "options",
     [
