@@ -16,8 +16,8 @@ from penstock.storage.budget import MIB
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.training import train
 
-SHAPE = ["--fanouts", "4,4", "--batch-size", "64", "--hidden", "8", "--epochs", "1", "--threads", "1", "--quiet"]
-SMALL = [*SHAPE, "--host-memory", "24MiB"]
+PLAIN = ["--fanouts", "4,4", "--batch-size", "64", "--epochs", "1", "--threads", "1", "--quiet"]
+SHAPE = [*PLAIN, "--hidden", "8"]
 MODULES = """
 import torch
 from penstock.engine.aggregate import aggregate_mean
@@ -85,10 +85,14 @@ def test_a_module_is_found_in_the_folder_of_the_command_and_its_errors_are_its_o
         ("Late", 1, "a check of mine"),
         ("Torch", 1, "Expected input batch_size"),
     ):
-        done = penstock("train", graph, "--run-dir", tmp_path / "run", *SMALL, *custom(name), cwd=tmp_path)
+        done = penstock(
+            "train", graph, "--run-dir", tmp_path / "run", *PLAIN, "--host-memory", "24MiB", *custom(name), cwd=tmp_path
+        )
         assert done.returncode == code and said in done.stderr, done.stderr
         assert ("Traceback" in done.stderr) == (code == 1)
-    done = penstock("train", graph, "--run-dir", tmp_path / "run", *SMALL, *custom("Good"), cwd=tmp_path)
+    done = penstock(
+        "train", graph, "--run-dir", tmp_path / "run", *PLAIN, "--host-memory", "24MiB", *custom("Good"), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     done = penstock("infer", tmp_path / "run", tmp_path / "out.parquet", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
