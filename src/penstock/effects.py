@@ -66,7 +66,7 @@ EFFECTS: tuple[Effect, ...] = (
         "a fanout other than -1, which takes all neighbours",
         lambda c: any(fanout > 0 for fanout in c.sampler.layer_fanouts),
     ),
-    Effect(("plan.mode", "plan.policy"), "feed=packs", lambda c: c.feed == "packs"),
+    Effect(("plan.policy",), "feed=packs", lambda c: c.feed == "packs"),
     Effect(
         ("budgets.device_memory",),
         "feed=packs in sampled mode, and full-graph training on CUDA",

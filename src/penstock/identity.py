@@ -75,7 +75,12 @@ def settle(config: RunConfig, trained: Trained | None) -> RunConfig:
     mode = "rolling" if config.cluster.feeders else kept.get("plan.mode")
     if mode is None and config.feed == "memory":
         mode = "reuse"
-    return config if mode is None else config.model_copy(update={"plan": config.plan.model_copy(update={"mode": mode})})
+    if mode is None:
+        return config
+    settled: Keys = {"plan": config.plan.model_copy(update={"mode": mode})}
+    if mode == "rolling":  # which has no use for it, so `config.yaml` must not say it
+        settled["sampled_epochs"] = RunConfig.model_fields["sampled_epochs"].default
+    return config.model_copy(update=settled)
 
 
 def _settle_parts(config: RunConfig, kept: Keys) -> RunConfig:

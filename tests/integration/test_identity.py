@@ -248,8 +248,28 @@ def test_the_pack_mode_that_auto_chose_is_kept(configure: Configure, tmp_path: P
     assert train(straight)["metrics"]["train_losses"] == kept["metrics"]["train_losses"]
 
 
-def test_memory_goes_on_with_the_items_of_the_mode(configure: Configure, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        pytest.param({}, {}, id="packs"),
+        pytest.param({"feed": "memory"}, {}, id="memory"),
+        pytest.param({"plan__mode": "rolling"}, {"sampled_epochs": 3}, id="auto that was rolling"),
+    ],
+)
+def test_what_a_run_writes_down_of_itself_is_accepted(
+    configure: Configure, flags: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """Also where `auto` was settled by what is there."""
+    train(configure(**flags))
+    auto = {key: value for key, value in flags.items() if key != "plan__mode"}
+    train(configure(train__epochs=3, **auto, **kept))
+    assert train(load_config(configure().run_dir / "config.yaml"))["already_done"]
+
+
+def test_memory_trains_on_the_items_of_the_mode(configure: Configure, tmp_path: Path) -> None:
     straight = train(configure(run_dir=tmp_path / "straight", plan__mode="rolling", train__epochs=4))
+    whole = train(configure(run_dir=tmp_path / "whole", plan__mode="rolling", feed="memory", train__epochs=4))
+    assert whole["metrics"]["train_losses"] == straight["metrics"]["train_losses"]
     train(configure(plan__mode="rolling", train__epochs=2))
     held = train(configure(feed="memory", train__epochs=4))
     assert held["metrics"]["train_losses"] == straight["metrics"]["train_losses"]
