@@ -27,6 +27,7 @@ def has_labels(graph: GraphStore, split: Split) -> bool:
 def check(config: RunConfig, graph: GraphStore) -> None:
     """DataError where the graph has nothing to train on, ValueError where the configuration does not go with it, with
     this machine or with the model."""
+    _check_folder(config, graph)
     _check_data(config, graph)
     _check_edge_weights(config, graph)
     places_itself = config.cluster.address is not None or config.chunked.backend == "ray"
@@ -50,6 +51,14 @@ def check(config: RunConfig, graph: GraphStore) -> None:
     )
     if config.mode == "chunked":
         _check_cut(config, graph, model.cpu())
+
+
+def _check_folder(config: RunConfig, graph: GraphStore) -> None:
+    folder = config.run_dir
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_dir={folder} is a file; choose another --run-dir")
+    if folder.resolve() == graph.path.resolve():
+        raise ValueError(f"run_dir={folder} is the dataset, whose files a run must not touch; choose another --run-dir")
 
 
 def _check_cut(config: RunConfig, graph: GraphStore, model: nn.Module) -> None:

@@ -116,6 +116,8 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["pack", "{graph}", "--run-dir", "{tmp}/r", "--result-json", "{tmp}/x"], 2, "--result-json"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--host-memory", "lots"], 2, "'lots' is not a size"),
         (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
+        (["train", "{graph}", "--run-dir", "{graph}"], 2, "is the dataset"),
+        (["train", "{graph}", "--run-dir", "{graph}/manifest.json"], 2, "is a file"),
         (["inspect", "{tmp}"], 3, "no graph store"),
         (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
         (["bench", "sample", "--scale", "0.0019"], 2, "--scale 0.0019 must be from 0.002"),
