@@ -53,9 +53,10 @@ def _naming(asked: Budgets, found: Budgets, first: DoesNotFit) -> DoesNotFit:
         if after > before:
             small.append(f"{flag} {format_bytes(before)}")
             use.append(f"{flag} {after} or more")
-    problem = str(first).partition("; use ")[0]
+    lacks = f"{' and '.join(small)} is too small: "
+    problem = str(first).partition("; use ")[0].removeprefix(lacks)
     return DoesNotFit(
-        f"{' and '.join(small)} is too small: {problem}; use {' and '.join(use)}, or a smaller job (batch size, "
+        f"{lacks}{problem}; use {' and '.join(use)}, or a smaller job (batch size, "
         "fanouts, row dtype, sampled_epochs; more chunks)",
         host_bytes=found.host_bytes,
         disk_bytes=found.disk_bytes,

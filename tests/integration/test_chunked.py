@@ -117,6 +117,7 @@ def test_a_memory_budget_that_is_too_small_is_exit_code_4_with_the_one_that_does
     words = ["--run-dir", tmp_path / "run", *SHAPE, "--model", "gcn", "--epochs", "1", "--set", "chunked.partition=ldg"]
     done = penstock("train", graph, *words, "--host-memory", "4MiB")
     assert done.returncode == 4 and "use --host-memory " in done.stderr
+    assert done.stderr.count("is too small") == 1
     enough = done.stderr.split("use --host-memory ")[1].split()[0]
     done = penstock("train", graph, *words, "--host-memory", enough, "--force")
     assert done.returncode == 0, done.stderr
