@@ -136,6 +136,8 @@ def begin_build(out: Path, identity: dict[str, Any], *, notes: dict[str, Any] | 
             return StoreBuild(out, source, steps)
     except FormatError:
         pass  # no working folder, or one that was cut before it was usable
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose an empty or new folder")
     if out.is_dir() and any(out.iterdir()) and not work.is_dir():
         raise ValueError(f"{out} is not empty and holds no graph of ours; choose an empty or new folder")
     _clear(out, work)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -31,6 +32,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "graph"
     config = GenerateConfig(num_nodes=8000, num_features=32, avg_degree=8, train=0.1, valid=0.02, test=0.05)
     generate_graph(out, config, host_memory=32 * MIB)
+    (out.parent / "in").mkdir()
+    np.save(out.parent / "in" / "features.npy", np.zeros((3, 2), np.float32))
+    np.save(out.parent / "in" / "edge_index.npy", np.zeros((2, 1), np.int64))
     return out
 
 
@@ -118,6 +122,7 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["train", "{tmp}/nothing", "--run-dir", "{tmp}/r"], 3, "does not exist"),
         (["train", "{graph}", "--run-dir", "{graph}"], 2, "is the dataset"),
         (["train", "{graph}", "--run-dir", "{graph}/manifest.json"], 2, "is a file"),
+        (["ingest", "{graph}/../in", "{graph}/manifest.json"], 2, "is a file"),
         (["inspect", "{tmp}"], 3, "no graph store"),
         (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
         (["bench", "sample", "--scale", "0.0019"], 2, "--scale 0.0019 must be from 0.002"),
