@@ -13,8 +13,7 @@ def blocks_of(document: str, language: str) -> list[str]:
     return [found[2] for found in _BLOCK.finditer(text) if found[1] == language]
 
 
-def commands_of(document: str) -> list[str]:
-    """Every shell command of a document in order; lines that end with a backslash go on, comments are left out."""
-    text = "\n".join(blocks_of(document, "bash")).replace("\\\n", " ")
-    lines = (line.partition(" #")[0].strip() for line in text.splitlines())
+def commands_of(block: str) -> list[str]:
+    """The shell commands of a block in order; a line that ends with a backslash goes on, comments are left out."""
+    lines = (line.partition(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
