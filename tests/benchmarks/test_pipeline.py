@@ -43,12 +43,14 @@ def test_sides_that_differ_in_stages_end_with_the_same_weights(setting: Setting,
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_stages(setting: Setting) -> None:
     (found,) = pipeline.two_stages(setting, 4, 1)
     assert found.keys() >= KEYS and found["case"] == "two_stages" and found["target"] == 1.6
     assert found["ratio"] == found["ours"] / found["peer"] > 0 and len(found["wait_s"]) == 2
 
 
+@pytest.mark.slow
 def test_bytes_of_both_kinds_of_parallelism_are_what_the_formulas_say(setting: Setting) -> None:
     time, sent = pipeline.vs_graph_parallel(setting, 4, 1)
     assert time.keys() >= KEYS and time["case"] == "vs_graph_parallel" and time["target"] == 1.2

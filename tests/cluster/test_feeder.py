@@ -233,6 +233,7 @@ class Middle:
         self._listener.close()
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_transfer_leaves_no_half_of_a_window(
     pool: FeederPool, expected: list[Content], tmp_path: Path
 ) -> None:
@@ -465,6 +466,7 @@ def test_requests_are_checked(pool: FeederPool, tmp_path: Path) -> None:
         assert client.ask({"op": "status"})[0]["fingerprint"] == job.meta.graph
 
 
+@pytest.mark.slow
 def test_a_feeder_that_keeps_dying_ends_the_run(tiny_graph: GraphStore, tmp_path: Path) -> None:
     with open_feeder_processes(tiny_graph.path, tmp_path / "feeders", count=1, memory=64 << 20, retries=1) as pool:
         for _ in range(2):

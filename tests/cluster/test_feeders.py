@@ -25,7 +25,11 @@ from penstock.storage.budget import Budgets
 from penstock.storage.graph import GraphStore
 
 # Ray drops a socket that it did not close when nodes are added
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
 BUDGETS = Budgets(device_bytes=800, host_bytes=80_000, disk_bytes=220_000)
 CONFIG = ClusterConfig(feeders=2, feeder_disk=400_000, feeder_resources={"feeder": 1.0}, retries=1)

@@ -154,6 +154,7 @@ def test_an_id_is_taken_once_and_attempts_are_in_order(jobs: Jobs, tmp_path: Pat
     assert [job.id for job in jobs.attempts("b")] == ["b-r2", "b-r10"]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_has_a_shells_exit_code(jobs: Jobs, tmp_path: Path) -> None:
     jobs.submit("killed", "kill -9 $$", tmp_path)
     assert jobs.follow("killed", lambda _: None).exit_code == 137
@@ -224,6 +225,7 @@ def test_a_failed_run_has_its_own_exit_code_and_is_submitted_again(
     assert again["submission_id"] == f"{said['submission_id']}-r2" and again["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_is_followed_and_not_submitted(
     cluster: Cluster, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +243,7 @@ def test_a_job_that_runs_is_followed_and_not_submitted(
     assert copy["status"] == "failed" and copy["submission"]["exit_code"] == 75
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_job_running(cluster: Cluster, jobs: Jobs, tmp_path: Path) -> None:
     base = submission_id(load_config(flags={"dataset": tmp_path / "graph", "run_dir": tmp_path / "run"}))
     jobs.submit(base, "echo working; sleep 600", tmp_path)

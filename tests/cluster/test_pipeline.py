@@ -28,7 +28,7 @@ from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.schedule import plan_epoch
 from penstock.storage.errors import DataError, DoesNotFit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SMALL = "small_ranks:open_small"
 SCRIPT = """
 import logging, sys

@@ -15,7 +15,11 @@ from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.training import train
 
 # Ray drops a socket that it did not close when nodes are added
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 REPLICAS: dict[str, Any] = {
     "cluster.replicas": 2,
     "cluster.address": "auto",

@@ -94,6 +94,7 @@ def test_equals_whole_graph_forward(options: dict[str, Any], tiny_graph: GraphSt
     assert not model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", KINDS[:4], ids=lambda options: "-".join(map(str, options.values())))
 def test_table_larger_than_the_budget(options: dict[str, Any], wide_graph: GraphStore, tmp_path: Path) -> None:
     model = _model(wide_graph, options, 2)

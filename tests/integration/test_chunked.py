@@ -81,6 +81,7 @@ def test_train_leaves_its_files(trained: Path) -> None:
     assert lines[-1]["history_error_1"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_run_is_done_and_another_configuration_is_refused(graph: Path, trained: Path) -> None:
     before = (trained / "result.json").read_bytes()
     words = ["--model", "gcnii", "--epochs", "12", "--lr", "0.01", "--set", "model.dropout=0"]
@@ -90,6 +91,7 @@ def test_a_second_run_is_done_and_another_configuration_is_refused(graph: Path, 
     assert done.returncode == 2 and "chunked.gradient_mode" in done.stderr
 
 
+@pytest.mark.slow
 def test_infer_and_inspect_know_the_run(graph: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     assert penstock("infer", trained, out, "--quiet").returncode == 0
@@ -156,6 +158,7 @@ def test_packs_and_histories_on_disk_give_the_weights_of_memory(
     assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
 
 
+@pytest.mark.slow
 def test_memory_in_which_the_features_cannot_be_packed_is_named_with_what_does(graph: Path, tmp_path: Path) -> None:
     flags = {"dataset": graph, "run_dir": tmp_path / "run", "mode": "chunked", "model.kind": "gcn", "model.hidden": 16}
     flags |= {"chunked.chunks": 40, "chunked.partition": "ldg", "plan.row_dtype": "int8", "train.epochs": 1}
@@ -211,6 +214,7 @@ def test_kills_and_other_stages_leave_the_same_weights(graph: Path, tmp_path: Pa
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_another_number_of_stages_goes_on(graph: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", graph, "--run-dir", run, *SHAPE, "--model", "sage", "--epochs", "40"]

@@ -46,8 +46,6 @@ def configure(graph: GraphStore, run_dir: Path, **options: Any) -> penstock.RunC
         "sampler.batch_size": 64,
         "train.epochs": 15,
         "train.lr": 0.05,
-        "model.hidden": 8,
-        "model.dropout": 0.0,
     }
     return penstock.load_config(flags={**flags, **options})
 
