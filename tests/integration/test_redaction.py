@@ -122,9 +122,15 @@ import logging
 from torch import nn
 
 class Model(nn.Module):
-    def __init__(self, **options):
-        logging.getLogger("penstock.loud").warning("logging in with api_token={SECRET}")
-        raise ValueError("https://user:{SECRET[:6]}@host refused password={SECRET}")
+    def __init__(self, num_features, num_classes):
+        super().__init__()
+        self.linear = nn.Linear(num_features, num_classes)
+
+    def forward(self, blocks, x):
+        if len(x) > 20:  # not on the few nodes on which a module is tried first
+            logging.getLogger("penstock.loud").warning("logging in with api_token={SECRET}")
+            raise ValueError("https://user:{SECRET[:6]}@host refused password={SECRET}")
+        return self.linear(x[: blocks[-1].num_dst])
 """
 
 
@@ -143,7 +149,7 @@ def test_a_failing_run_tells_no_secret(tmp_path: Path, log_format: str) -> None:
     }
     command = [sys.executable, "-m", "penstock", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     written = [path.read_text(errors="replace") for path in run.rglob("*") if path.is_file()]
     for text in (done.stdout, done.stderr, *written):
         assert SECRET not in text and SECRET[:6] not in text
