@@ -140,6 +140,7 @@ def test_a_failing_run_tells_no_secret(tmp_path: Path, log_format: str) -> None:
     generate_graph(graph, GenerateConfig(num_nodes=500, num_features=8), host_memory=64 << 20)
     (tmp_path / "loud.py").write_text(LOUD)
     words = ["train", graph, "--run-dir", run, "--set", "model.module=loud:Model", "--model", "custom"]
+    words += ["--host-memory", "64MiB"]
     environment = {
         **os.environ,
         "PYTHONSAFEPATH": "1",
