@@ -38,7 +38,7 @@ from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import PlanConfig, plan_packs
 from penstock.storage.budget import format_bytes, total_memory, trim_heap
 from penstock.storage.chunks import ChunkStore, open_chunks
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.manifest import is_published, read_json, write_json
 from penstock.storage.pack import feed_memory, is_complete, open_packset
 
@@ -56,12 +56,21 @@ class PreparedRanks:
     memory: Forecast
 
 
+def _open_cut(folder: Path) -> ChunkStore | None:
+    """The chunks that are there; a damaged cut is left to `write_chunks`, which says so and makes it anew."""
+    if not is_published(folder):
+        return None
+    try:
+        return open_chunks(folder)
+    except FormatError:
+        return None
+
+
 def cut_graph(run: Run, parts: int) -> ChunkStore:
     """Cut the graph into chunks for so many parts, in `run/chunks`."""
     config, folder = run.config.chunked, run.path / "chunks" / f"{run.config.chunked.chunks}x{parts}"
     asked = PartitionConfig(chunks=config.chunks, parts=parts, method=config.partition, seed=config.partition_seed)
-    if is_published(folder):
-        store = open_chunks(folder)
+    if (store := _open_cut(folder)) is not None:
         method = store.meta.method if config.partition == "auto" else config.partition
         if (store.meta.graph, store.meta.method, store.meta.seed) == (run.graph.fingerprint, method, asked.seed):
             return store

@@ -55,7 +55,6 @@ def configure_generated(graph: Path, run: Path, **options: Any) -> RunConfig:
     flags = {
         "dataset": str(graph),
         "run_dir": str(run),
-        "sampled_epochs": 5,
         "sampler.fanouts": (4, 4),
         "sampler.batch_size": 64,
         "model.hidden": 16,
@@ -67,6 +66,8 @@ def configure_generated(graph: Path, run: Path, **options: Any) -> RunConfig:
         "budgets.host_memory": "64MiB",
         **options,
     }
+    if not options.get("cluster.feeders"):
+        flags["sampled_epochs"] = 5
     return load_config(flags=flags)
 
 
