@@ -1,26 +1,15 @@
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 from patience import Deadline, answer, slowness, wait_until
 
-BUSY = "import time; ends = time.monotonic() + 60\nwhile time.monotonic() < ends: pass"
 
-
-def test_a_deadline_comes_later_where_others_work() -> None:
-    alone = slowness()
-    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(4 * len(os.sched_getaffinity(0)))]
-    try:
-        began, deadline = time.monotonic(), Deadline(0.5)
-        while not deadline.is_over:
-            time.sleep(0.01)
-        assert alone >= 1.0 and time.monotonic() - began > 1.0
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+def test_a_deadline_comes_later_on_a_slower_machine() -> None:
+    began, deadline = time.monotonic(), Deadline(0.1, measure=lambda: 4.0)
+    while not deadline.is_over:
+        time.sleep(0.01)
+    assert time.monotonic() - began > 0.4
+    assert slowness() >= 1.0
 
 
 def test_a_condition_that_never_holds_is_given_up() -> None:

@@ -33,18 +33,18 @@ def allowed_s(seconds: float) -> float:
 
 
 class Deadline:
-    """Counts time from when it is made, as it is looked at."""
+    """Counts time from when it is made, as it is looked at; `measure` says how slow the machine is."""
 
-    def __init__(self, seconds: float) -> None:
-        self._left_s, self._seen_s = seconds, time.monotonic()
-        self._measured_s, self._slowness = self._seen_s, slowness()
+    def __init__(self, seconds: float, measure: Callable[[], float] = slowness) -> None:
+        self._left_s, self._seen_s, self._measure = seconds, time.monotonic(), measure
+        self._measured_s, self._slowness = self._seen_s, measure()
 
     @property
     def is_over(self) -> bool:
         """Whether the time is up. To be asked again and again: what passes between two looks counts at one pace."""
         now_s = time.monotonic()
         if now_s - self._measured_s > _MEASURE_S:
-            self._measured_s, self._slowness = now_s, slowness()
+            self._measured_s, self._slowness = now_s, self._measure()
         self._left_s -= (now_s - self._seen_s) / self._slowness
         self._seen_s = now_s
         return self._left_s < 0
