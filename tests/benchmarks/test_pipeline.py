@@ -73,6 +73,7 @@ def test_out_of_core_reads_and_writes_the_disk_and_changes_no_bit(tmp_path: Path
     assert time["read_bytes"] > 0 < time["written_bytes"]
 
 
+@pytest.mark.slow
 def test_unequal_sides_are_an_error(setting: Setting) -> None:
     turns = [Side(setting=setting, chunks=chunks).turn() for chunks in (2, 4)]
     with pytest.raises(RuntimeError, match="different weights"):

@@ -131,6 +131,7 @@ def submit(
     return Command(cluster, capsys)
 
 
+@pytest.mark.slow
 def test_follows_a_job_to_its_end_and_tells_its_exit_code(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "given.yaml").write_text("of the job\n")
     command = (
@@ -160,6 +161,7 @@ def test_a_killed_driver_has_a_shells_exit_code(jobs: Jobs, tmp_path: Path) -> N
     assert jobs.follow("killed", lambda _: None).exit_code == 137
 
 
+@pytest.mark.slow
 def test_a_silent_cluster_is_an_error_and_not_a_hang(
     cluster: Cluster, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

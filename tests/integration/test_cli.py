@@ -81,6 +81,7 @@ def test_without_resume_it_trains_again_on_the_same_packs_to_the_same_weights(gr
     assert packs and {path: path.stat().st_mtime_ns for path in packs} == packs
 
 
+@pytest.mark.slow
 def test_all_neighbours_are_asked_for_as_the_help_says(graph: Path, tmp_path: Path) -> None:
     words = ["--fanouts", "-1,-1", "--batch-size", "64", "--hidden", "16", "--host-memory", "64MiB", "--quiet"]
     done = penstock("plan", graph, "--run-dir", tmp_path / "run", *words)
@@ -173,6 +174,7 @@ def test_infer_writes_every_node_under_its_id(graph: Path, trained: Path, tmp_pa
     assert {"embedding", "logits", "prediction"} <= set(table.column_names)
 
 
+@pytest.mark.slow
 def test_inspect_knows_graphs_packs_and_runs(graph: Path, trained: Path) -> None:
     kinds = []
     for path in (graph, trained / "train" / "packs", trained):

@@ -77,6 +77,7 @@ def custom(name: str) -> list[str]:
     return ["--set", "model.kind=custom", "--set", f"model.module=mine:{name}"]
 
 
+@pytest.mark.slow
 def test_a_module_is_found_in_the_folder_of_the_command_and_its_errors_are_its_own(graph: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULES)
     for name, code, said in (

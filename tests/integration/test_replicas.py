@@ -124,6 +124,7 @@ def test_a_run_that_began_anew_is_not_finished(graph: Path, tmp_path: Path) -> N
     assert train(config)["resumed_from"] == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_on_replicas(graph: Path, tmp_path: Path, alone: Outcome, children: Children) -> None:
     run, stop, replicas = tmp_path / "run", threading.Event(), {"cluster.replicas": 2}
 
@@ -173,6 +174,7 @@ def wait_for(found: Callable[[], Any]) -> Any:
     raise AssertionError("it did not come within 60 s")
 
 
+@pytest.mark.slow
 def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcome, children: Children) -> None:
     """One while it packs, before the checkpoints of the run to start over are of no use, and one while it trains."""
     run, stop, seen, killed = tmp_path / "run", threading.Event(), list[int](), list[int]()
@@ -210,6 +212,7 @@ def test_killed_replicas_are_replaced(graph: Path, tmp_path: Path, alone: Outcom
     assert not children()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_replica_and_is_resumed(graph: Path, tmp_path: Path, alone: Outcome) -> None:
     run = tmp_path / "run"
     words = [sys.executable, "-P", "-m", "penstock", "train", str(graph), "--run-dir", str(run), "--quiet"]

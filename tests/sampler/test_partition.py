@@ -102,6 +102,7 @@ def test_metis_cuts_far_less_of_cora_than_chance(cora: GraphStore) -> None:
     assert shares["metis"] < 0.15 and shares["ldg"] < 0.4 and shares["random"] > 0.8
 
 
+@pytest.mark.slow
 @pytest_dgl
 def test_metis_leaves_no_piece_empty(make_graph: MakeGraph) -> None:
     star = [[0, n] for n in range(1, 24)]  # nothing to cut evenly

@@ -13,6 +13,8 @@ from penstock.storage.graph import GraphStore
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
 
+pytestmark = pytest.mark.slow  # a long oracle; gradients and full batches are compared in every run
+
 MakeCase = Callable[..., "Case"]
 MODELS: list[dict[str, Any]] = [
     {"kind": "gcn", "dropout": 0.4, "input_dropout": 0.2, "norm": "batch", "num_layers": 5},

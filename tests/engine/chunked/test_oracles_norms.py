@@ -11,6 +11,8 @@ from tests.engine.chunked.dense_program import check_dense
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
 
+pytestmark = pytest.mark.slow  # a long oracle; gradients and full batches are compared in every run
+
 MakeCase = Callable[..., "Case"]
 
 

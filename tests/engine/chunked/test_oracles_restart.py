@@ -18,6 +18,8 @@ from penstock.engine.trainer import Stopped
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
 
+pytestmark = pytest.mark.slow  # a long oracle; gradients and full batches are compared in every run
+
 MakeCase = Callable[..., "Case"]
 
 

@@ -38,6 +38,8 @@ from penstock.storage.manifest import read_json, write_json
 if TYPE_CHECKING:
     from tests.engine.chunked.conftest import Case
 
+pytestmark = pytest.mark.slow
+
 MakeCase = Callable[..., "Case"]
 LAYOUT = Layout(3, 2, 2)
 DROP: dict[str, Any] = {"gradient_mode": "drop", "updates_per_epoch": 2}
