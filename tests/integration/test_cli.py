@@ -96,12 +96,14 @@ def test_the_smallest_quick_start(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["losses_equal"]
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_by_name(graph: Path, trained: Path) -> None:
     done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--lr", "0.5")
     assert done.returncode == 2
     assert "train.lr" in done.stderr and "--force" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -> None:
     done = penstock("plan", "-c", trained / "config.yaml", "--run-dir", tmp_path / "again", "--json", "--quiet")
     assert done.returncode == 0, done.stderr

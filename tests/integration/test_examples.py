@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
         ("custom_module", "torch"),
         pytest.param("deep_custom_model", "torch", marks=pytest.mark.slow),
         pytest.param("dgl_layers", "dgl", marks=pytest.mark.slow),
-        ("pyg_layers", "torch_geometric"),
+        pytest.param("pyg_layers", "torch_geometric", marks=pytest.mark.slow),
     ],
 )
 def test_examples_run_and_learn(name: str, needs: str, tmp_path: Path) -> None:

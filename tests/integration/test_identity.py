@@ -209,6 +209,7 @@ def test_plans_bind_nobody(configure: Configure) -> None:
     assert train(configure(train__epochs=3))["metrics"]["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_packs_of_other_budgets_are_used_where_they_fit_and_made_again_where_not(
     configure: Configure, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_packs_of_other_budgets_are_used_where_they_fit_and_made_again_where_not
     assert weights(configure()) == weights(configure(run_dir=tmp_path / "straight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", ["reuse", "rolling"])
 def test_the_pack_mode_that_auto_chose_is_kept(configure: Configure, tmp_path: Path, there: str) -> None:
     """More epochs than are sampled, so the modes train on other items."""

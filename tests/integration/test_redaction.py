@@ -134,6 +134,7 @@ class Model(nn.Module):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_failing_run_tells_no_secret(tmp_path: Path, log_format: str) -> None:
     graph, run = tmp_path / "graph", tmp_path / "run"

@@ -83,6 +83,7 @@ def alone(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome(train(configure(graph, run)), run)
 
 
+@pytest.mark.slow
 def test_replicas_end_with_the_weights_of_one(
     make_graph: Callable[..., GraphStore], tmp_path: Path, children: Children
 ) -> None:

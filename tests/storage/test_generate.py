@@ -171,6 +171,7 @@ print(peak_rss_bytes())
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_graph(tmp_path: Path) -> None:
     peaks = []
     for num_nodes in (100_000, 4_000_000):

@@ -90,6 +90,7 @@ def test_values_cross_and_children_end_in_good_order(small_ranks: Any, tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"heartbeats", "closed-0", "closed-1"}
 
 
+@pytest.mark.slow
 def test_the_error_of_one_rank_is_raised_as_it_is(small_ranks: Any, tmp_path: Path) -> None:
     with open_processes(small_ranks.small_specs(tmp_path), open_rank="small_ranks:open_small") as backend:
         with pytest.raises(DoesNotFit, match="history_memory=5 is too small") as caught:
@@ -100,6 +101,7 @@ def test_the_error_of_one_rank_is_raised_as_it_is(small_ranks: Any, tmp_path: Pa
     assert are_gone(backend.pids)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_open_is_raised_as_it_is(small_ranks: Any, tmp_path: Path, children: Children) -> None:
     with pytest.raises(DataError, match="is not a graph; ingest one"):
         with open_processes(small_ranks.small_specs(tmp_path), open_rank="small_ranks:open_badly"):
@@ -183,6 +185,7 @@ def test_a_child_that_is_stopped_when_it_is_told_to_end_is_killed(
     assert are_gone(backend.pids)
 
 
+@pytest.mark.slow
 def test_children_end_with_a_killed_parent_and_do_not_run_its_script(small_ranks: Any, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), scratch=str(tmp_path)))
