@@ -261,7 +261,7 @@ def test_a_users_parts_with_initial_rows(has_encoder: bool, graph: Block, x: Ten
     for layer in range(3):
         state = layer_forward(model, layer, graph, state)
         assert state.shape[1] == (2 * width if layer < 2 else width)
-    assert torch.equal(state, whole)
+    torch.testing.assert_close(state, whole, rtol=1e-12, atol=1e-12)  # products of torch: bits vary with alignment
     with pytest.raises(ValueError, match="2 blocks, the model 3 layers"):
         model([graph] * 2, x)
 
