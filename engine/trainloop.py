@@ -102,6 +102,7 @@ class TrainLoop:
         self._saved_at, self._saved = time.monotonic(), (0, -1)  # step and finished epochs of the last checkpoint
         self._is_final = False  # no checkpoint is to follow
         self._logged_at, self._logged_step = time.monotonic(), 0
+        self._begin_epoch()
 
     @property
     def total_steps(self) -> int:
@@ -120,6 +121,7 @@ class TrainLoop:
             delete_checkpoints(self._checkpoints)
         with MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics:
             self._logged_at, self._logged_step = time.monotonic(), self.state.step
+            self._begin_epoch()
             self._end_epoch()
             if not self.state.finished:
                 with self.workers.open(self.state.step, self.total_steps):
@@ -191,12 +193,22 @@ class TrainLoop:
         self._progress("train", step, self.total_steps, "items", loss=loss, items_per_s=rate)
         state.window_sum, state.window_steps = 0.0, 0
 
+    def _begin_epoch(self) -> None:
+        self._epoch_began = (time.perf_counter() - self._times["checkpoint"], self._num_steps)
+
+    def _rate(self) -> dict[str, float]:
+        """Of this process in the running epoch, without checkpoints; empty where it trained none of it."""
+        began, before = self._epoch_began
+        steps, took_s = self._num_steps - before, time.perf_counter() - self._times["checkpoint"] - began
+        return {"epoch_items_per_s": steps / max(1e-9, took_s)} if steps else {}
+
     def _end_epoch(self) -> None:
         """Do what is due at the end of an epoch, if one has just ended."""
         state, config = self.state, self.config
         if state.finished or state.step != (state.epochs_done + 1) * self.items_per_epoch:
             return
         self._read_losses()
+        rate = self._rate()
         epoch = state.epochs_done + 1
         last = epoch == config.epochs
         due = self._evaluates and (last or self._is_due(epoch))
@@ -208,11 +220,13 @@ class TrainLoop:
         found = self._run_evaluation(epoch) if due else {}
         state.losses.append(state.loss_sum / state.loss_seeds)
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
-        self._write({"step": state.step, "epoch": epoch, "train_loss": state.losses[-1], **values})
+        told = {"train_loss": state.losses[-1], **values, **state.best_so_far(config.metric), **rate}
+        self._write({"step": state.step, "epoch": epoch, **told})
         state.loss_sum, state.loss_seeds, state.epochs_done = 0.0, 0, epoch
         state.stopped_early = not last and self._has_waited_enough()
         state.finished = last or state.stopped_early
         self._logged_at = time.monotonic() if due else self._logged_at
+        self._begin_epoch()
 
     def _is_due(self, epoch: int) -> bool:
         """Whether an epoch that is not the last is evaluated."""

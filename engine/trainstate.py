@@ -34,6 +34,12 @@ class TrainState:
     best_loss: float = math.inf
     metrics_bytes: int = 0
 
+    def best_so_far(self, metric: str) -> dict[str, float]:
+        """`best_epoch` and `best`, its value of the metric that is judged by; empty before the first evaluation."""
+        if not self.best_epoch:
+            return {}
+        return {"best_epoch": self.best_epoch, "best": self.best_loss if metric == "loss" else self.best_score}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:

@@ -34,6 +34,12 @@ class ChunkedState:
         self.best_epoch, self.best_score, self.best_loss = epoch, score, valid.loss
         return True
 
+    def best_so_far(self, metric: str) -> dict[str, float]:
+        """`best_epoch` and `best`, its value of the metric that is judged by; empty before the first evaluation."""
+        if self.best_score is None or self.best_loss is None:
+            return {}
+        return {"best_epoch": self.best_epoch, "best": self.best_loss if metric == "loss" else self.best_score}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkedResult:

@@ -205,6 +205,7 @@ class ChunkedTrainer:
         found = self._exact(keep=False, splits=self._evaluate)
         self._judge(state.epochs_done, found)
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
+        values |= state.best_so_far(self.train.metric)
         self._metrics.write({"step": state.epochs_done, "epoch": state.epochs_done, **values})
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
@@ -257,6 +258,8 @@ class ChunkedTrainer:
             state.stopped_early = not last and self._has_waited_enough()
         record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
+        values |= state.best_so_far(train.metric)
+        values["epoch_items_per_s"] = self._num_chunks * self.layout.replicas / max(1e-9, self._epoch_s[-1])
         errors = (
             {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
         )

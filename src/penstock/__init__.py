@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
     from penstock.engine.modelfile import load_model as load_model
     from penstock.engine.models import ModelConfig as ModelConfig
     from penstock.engine.trainer import TrainConfig as TrainConfig
+    from penstock.epochs import EpochRecord as EpochRecord
     from penstock.inference import infer as infer
     from penstock.sampler.neighbors import SampleConfig as SampleConfig
     from penstock.sampler.neighbors import sample_trace as sample_trace
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EpochRecord": "penstock.epochs",
     "GenerateConfig": "penstock.storage.generate",
     "GraphStore": "penstock.storage.graph",
     "IngestOptions": "penstock.storage.ingest",

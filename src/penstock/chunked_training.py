@@ -89,6 +89,7 @@ def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation
         record=watch.record,
         observe=lambda epoch, reports, began_s: watch.epoch(epoch, reports, prepared.layout, began_s),
     )
+    watch.training_begins(evaluates=run.evaluates)
     return trainer.run()
 
 

@@ -14,6 +14,7 @@ from penstock.config import RunConfig
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
 from penstock.engine.prefetch import FeedStats
+from penstock.epochs import EpochWatch, OnEpoch
 from penstock.overrides import flatten
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.progress import Progress
@@ -48,17 +49,24 @@ class Leg(Protocol):
 class Observation:
     """See the module; made by `observed`."""
 
-    def __init__(self, config: RunConfig, trackers: Trackers, show: Progress) -> None:
+    def __init__(self, config: RunConfig, trackers: Trackers, show: Progress, on_epoch: OnEpoch | None) -> None:
         self.timeline = Timeline()
         self._steps, self._trackers = config.track.trace_steps, trackers
         self._show_ranks = getattr(show, "ranks", None)
+        told = (getattr(show, "epoch", None), on_epoch)
+        self._epochs = EpochWatch(config.train, tuple(listener for listener in told if listener is not None))
         self._on_ray = config.cluster.address is not None or config.chunked.backend == "ray"
         self._run = config.run_dir.absolute().name
         self._metrics: Any = None
         self._totals: dict[int, dict[str, float]] = {}
 
+    def training_begins(self, *, evaluates: bool) -> None:
+        """What follows is training, at first or after a failure; whether it `evaluates` the valid split."""
+        self._epochs.begin(evaluates=evaluates)
+
     def record(self, record: Mapping[str, Any]) -> None:
         """Take a record of `metrics.jsonl`."""
+        self._epochs.take(record)
         self._trackers.observe(record)
         self._observe_on_ray(record)
 
@@ -146,14 +154,14 @@ def _by_tier(feed: FeedStats, row_bytes: int) -> dict[str, Any]:
 
 
 @contextmanager
-def observed(config: RunConfig, show: Progress) -> Iterator[Observation]:
+def observed(config: RunConfig, show: Progress, on_epoch: OnEpoch | None = None) -> Iterator[Observation]:
     """Watch a run until it ends, however it does; `timeline.json` is written and artefacts are sent at the end.
 
     MissingDependency, at once, where a tracker's library is not installed.
     """
     run_dir = config.run_dir
     with open_trackers(config.track.trackers, run_dir, flatten(config.model_dump(mode="json"))) as trackers:
-        found = Observation(config, trackers, show)
+        found = Observation(config, trackers, show, on_epoch)
         TRACE.watch(config.track.trace_steps)
         try:
             yield found

@@ -269,6 +269,7 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
             progress=run.progress,
             record=watch.record,
         )
+        watch.training_begins(evaluates=run.evaluates)
         trained = loop.run()
         workers.take_best()
         final = workers.evaluate(run.labelled_splits) if run.evaluates else {}

@@ -19,6 +19,7 @@ from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
 from penstock.engine.outputs import Outputs
 from penstock.engine.trainer import Stopped, Trainer, TrainResult
+from penstock.epochs import OnEpoch
 from penstock.feeds import TrainFeed, open_train_feed
 from penstock.identity import Keys, has_all_epochs
 from penstock.locations import require_writable
@@ -93,6 +94,7 @@ def _run_trainer(
         progress=lambda *place, **numbers: run.progress(*place, **numbers, **feed.numbers()),
         record=watch.record,
     )
+    watch.training_begins(evaluates=run.evaluates)
     return trainer.run(feed.open)
 
 
@@ -214,14 +216,15 @@ def train(
     if_changed: bool = False,
     result_json: Path | str | None = None,
     progress: Progress = silent,
+    on_epoch: OnEpoch | None = None,
     stop_requested: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Do the main job in `config.run_dir` and return what `result.json` says.
 
     A finished run is returned as it is, with `already_done`; one that was cut off, or is to have more epochs, goes on.
     Without `resume` training begins again on the packs that are there, with `if_changed` where graph or configuration
-    are others than those of the weights that are there; `force` deletes the packs too. Setting
-    `stop_requested` makes it write a checkpoint and raise Stopped. Raises InUse for a run folder that another process
+    are others than those of the weights that are there; `force` deletes the packs too. `on_epoch` is called with an
+    `EpochRecord` after every epoch. Setting `stop_requested` makes it write a checkpoint and raise Stopped. Raises InUse for a run folder that another process
     has, ValueError for one with weights of something else, DataError for bad data, DoesNotFit for budgets that are too
     small; a `result.json` of status `failed` or `stopped` says so too.
     """
@@ -233,7 +236,7 @@ def train(
     with opened as run:
         if (done := _finished(run, result_json)) is not None:
             return done
-        with observed(run.config, progress) as watch:
+        with observed(run.config, progress, on_epoch) as watch:
             try:
                 return _job(run, result_json, watch)
             except Exception as error:

@@ -118,7 +118,7 @@ class Job:
 
     def lines(self) -> list[dict[str, Any]]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "items_per_s"} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if not k.endswith("items_per_s")} for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_killed_training_ends_with_the_same_weights(graph: GraphStore, trace: Tr
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        yield {key: value for key, value in json.loads(line).items() if key != "items_per_s"}
+        yield {key: value for key, value in json.loads(line).items() if not key.endswith("items_per_s")}
 
 
 def test_the_oracle_can_tell_rows_apart(graph: GraphStore) -> None:
