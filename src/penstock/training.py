@@ -224,9 +224,9 @@ def train(
     A finished run is returned as it is, with `already_done`; one that was cut off, or is to have more epochs, goes on.
     Without `resume` training begins again on the packs that are there, with `if_changed` where graph or configuration
     are others than those of the weights that are there; `force` deletes the packs too. `on_epoch` is called with an
-    `EpochRecord` after every epoch. Setting `stop_requested` makes it write a checkpoint and raise Stopped. Raises InUse for a run folder that another process
-    has, ValueError for one with weights of something else, DataError for bad data, DoesNotFit for budgets that are too
-    small; a `result.json` of status `failed` or `stopped` says so too.
+    `EpochRecord` after every epoch. Setting `stop_requested` makes it write a checkpoint and raise Stopped. Raises
+    InUse for a run folder that another process has, ValueError for one with weights of something else, DataError for
+    bad data, DoesNotFit for budgets that are too small; a `result.json` of status `failed` or `stopped` says so too.
     """
     if result_json is not None:
         require_writable(result_json)
