@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 ItemLoss = tuple[int, int, Tensor]  # step, seeds, mean loss (a scalar, on any device)
 Tensors = Mapping[str, Mapping[str, Tensor]]
 _EPOCH_CHECKPOINT_S = 10.0  # epochs shorter than this are not worth a checkpoint each: it costs three fsyncs
+_FIRST_CHECKPOINT_S = 2.0  # later ones come when as much time has gone by as before the last: a kill costs half at most
+_CHECKPOINT_SHARE = 0.05  # of the time may go into such early ones
 _MAX_PENDING = 256  # losses left on the device before they are read whatever `log_every` says
 
 
@@ -100,6 +102,7 @@ class TrainLoop:
         self._times = {"evaluate": 0.0, "checkpoint": 0.0}
         self._resumed_from = self._num_steps = self._num_seeds = 0
         self._saved_at, self._saved = time.monotonic(), (0, -1)  # step and finished epochs of the last checkpoint
+        self._began_at, self._save_s, self._has_saved = self._saved_at, 0.0, False
         self._is_final = False  # no checkpoint is to follow
         self._logged_at, self._logged_step = time.monotonic(), 0
         self._begin_epoch()
@@ -121,6 +124,7 @@ class TrainLoop:
             delete_checkpoints(self._checkpoints)
         with MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics:
             self._logged_at, self._logged_step = time.monotonic(), self.state.step
+            self._began_at = self._saved_at = self._logged_at
             self._begin_epoch()
             self._end_epoch()
             if not self.state.finished:
@@ -256,14 +260,20 @@ class TrainLoop:
         self._times["evaluate"] += time.perf_counter() - began
         return found
 
+    def _longest_s(self) -> float:
+        """How long to train without a checkpoint."""
+        assert self.config.checkpoint_minutes is not None
+        early = max(_FIRST_CHECKPOINT_S, self._saved_at - self._began_at, self._save_s / _CHECKPOINT_SHARE)
+        return min(self.config.checkpoint_minutes * 60, early)
+
     def _save_if_due(self) -> None:
         config, state = self.config, self.state
         saved = self._saved[0]
         since = time.monotonic() - self._saved_at
         every = config.checkpoint_items
         items = every is not None and state.step // every > saved // every
-        minutes = config.checkpoint_minutes is not None and since >= config.checkpoint_minutes * 60
-        epoch = state.step % self.items_per_epoch == 0 and since >= _EPOCH_CHECKPOINT_S
+        minutes = config.checkpoint_minutes is not None and since >= self._longest_s()
+        epoch = state.step % self.items_per_epoch == 0 and (since >= _EPOCH_CHECKPOINT_S or not self._has_saved)
         if self._stop.is_set() and not state.finished:
             self._save()
             raise Stopped(
@@ -284,7 +294,8 @@ class TrainLoop:
         self._saved_at, self._saved = time.monotonic(), (self.state.step, self.state.epochs_done)
         self.workers.release(self.state.step)  # a resumed run starts here, so a rolling feed may drop what lies before
         ended = time.perf_counter()
-        self._times["checkpoint"] += ended - began
+        self._save_s, self._has_saved = ended - began, True
+        self._times["checkpoint"] += self._save_s
         TRACE.add("checkpoint", f"step {self.state.step}", began, ended)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:

@@ -93,7 +93,7 @@ class ChunkedTrainer:
         self._errors: dict[int, float] = {}
         self._epoch_s: list[float] = []
         self._times = {"exact": 0.0, "checkpoint": 0.0}
-        self._last_save_s = 0.0
+        self._last_save_s, self._has_saved = 0.0, False
         self._reports: list[RankReport] = []
 
     def run(self, *, resume: bool = True) -> ChunkedResult:
@@ -348,7 +348,8 @@ class ChunkedTrainer:
         minutes = train.checkpoint_minutes is not None and since >= train.checkpoint_minutes * 60
         items = train.checkpoint_items is not None and state.epochs_done % train.checkpoint_items == 0
         stops = self._stop.is_set() and not self._finished
-        if stops or minutes or items or self._finished or is_worth_saving(since, self._last_save_s):
+        worth_it = not self._has_saved or is_worth_saving(since, self._last_save_s)  # the first epoch always is
+        if stops or minutes or items or self._finished or worth_it:
             if saved != state.epochs_done:
                 self._save()
         if stops:
@@ -375,7 +376,7 @@ class ChunkedTrainer:
         }
         publish_checkpoint(self._checkpoints, epoch, value, files, keep=self.train.keep_checkpoints)
         self._saved = (epoch, time.monotonic())
-        self._last_save_s = time.perf_counter() - began
+        self._last_save_s, self._has_saved = time.perf_counter() - began, True
         self._times["checkpoint"] += self._last_save_s
         TRACE.add("checkpoint", "save", began, began + self._last_save_s, epoch=epoch)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,30 +19,11 @@ from penstock.process_memory import forecast_rows
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.estimate import summary_rows
+from penstock.stopping import stop_on_signals
 from penstock.storage.budget import format_bytes, parse_memory
 from penstock.storage.graph import Split
 from penstock.storage.manifest import write_json
 from penstock.training import train
-
-
-@contextmanager
-def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and SIGINT ask for a checkpoint; a second SIGINT interrupts at once."""
-
-    def ask(number: int, _: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from penstock.replicated_training import train_replicated
 from penstock.report import copy_result, draw_curves, write_result
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
+from penstock.stopping import soft_interrupt
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.progress import Progress, silent
@@ -199,8 +200,8 @@ def _finished(run: Run, result_json: Path | str | None) -> dict[str, Any] | None
     return {**trained.result, "already_done": True}
 
 
-def _report_failure(run: Run, error: Exception, result_json: Path | str | None) -> None:
-    status = "stopped" if isinstance(error, Stopped) else "failed"
+def _report_failure(run: Run, error: BaseException, result_json: Path | str | None) -> None:
+    status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     path = run.path / "result.json"
     try:
         write_result(path, status=status, config=run.config, metrics={}, copy=result_json, error=error)
@@ -230,15 +231,14 @@ def train(
     """
     if result_json is not None:
         require_writable(result_json)
-    opened = open_run(
-        config, force=force, resume=resume, if_changed=if_changed, progress=progress, stop_requested=stop_requested
-    )
-    with opened as run:
+    stop = stop_requested or threading.Event()
+    opened = open_run(config, force=force, resume=resume, if_changed=if_changed, progress=progress, stop_requested=stop)
+    with soft_interrupt(stop), opened as run:
         if (done := _finished(run, result_json)) is not None:
             return done
         with observed(run.config, progress, on_epoch) as watch:
             try:
                 return _job(run, result_json, watch)
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:
                 _report_failure(run, error, result_json)
                 raise

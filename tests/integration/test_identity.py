@@ -186,11 +186,14 @@ def test_a_schedule_that_knows_its_end_says_why_it_cannot_go_on(configure: Confi
 def test_more_epochs_that_were_killed_are_not_finished(configure: Configure) -> None:
     train(configure())
 
+    class Killed(BaseException):
+        pass
+
     def progress(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         if stage == "train":
-            raise KeyboardInterrupt
+            raise Killed
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(configure(train__epochs=4), progress=progress)
     assert not (configure().run_dir / "result.json").exists()
     assert train(configure(train__epochs=4))["metrics"]["epochs"] == 4
