@@ -1,10 +1,12 @@
-"""Dropout that a block may tie to nodes: the same mask on any chunk, stage, part, thread and device.
+"""Dropout whose mask is a hash, which a block may tie to nodes: the same on any chunk, stage, part, thread and device.
 
-Without `Block.draws` it is torch's own. With them, whether a value is dropped follows from (key, layer, salt, node id,
-column) alone, or (key, layer, salt, source id, destination id, head) for values of edges, so halo rows lose what they
-lose at their owner, and a forward pass that is run again gives the same bits. The hash is that of `kernels.dropout`, on
-CPU by the kernel and elsewhere by integer operations of torch; nothing but the ids is kept for the backward pass. The
-probability is rounded to a multiple of 1/65536.
+Without `Block.draws` a key is drawn from torch's generator for every call, on a CPU, and places decide what is kept:
+torch itself draws value by value on one thread, which was half of a step (docs/decisions.md). Elsewhere, and for other
+types than float32 and float64, it is torch's own. With draws, whether a value is dropped follows from (key, layer,
+salt, node id, column) alone, or (key, layer, salt, source id, destination id, head) for values of edges, so halo rows
+lose what they lose at their owner, and a forward pass that is run again gives the same bits. The hash is that of
+`kernels.dropout`, on CPU by the kernel and elsewhere by integer operations of torch; nothing but the ids is kept for
+the backward pass. The probability is rounded to a multiple of 1/65536.
 
 Letters: S sources, R destinations, E edges of a block, F columns, K heads.
 """
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _WORK_PER_THREAD = 1 << 15  # values; below, waking a thread costs more than it saves
 _LEVELS = 1 << 16
+_LARGEST = (1 << 63) - 1
 _WORD, _SIGN = 1 << 64, 1 << 63
 _NATIVE = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -137,6 +140,26 @@ class _Drop(torch.autograd.Function):
         return ctx.mask.apply(grads[0]), None
 
 
+_places = torch.arange(1 << 12)  # grows, and is shared: 0, 1, 2, ...
+
+
+def _draws_of_places(num_rows: int) -> Draws:
+    """Draws for rows that belong to nobody; their key is the next number of torch's generator."""
+    global _places
+    places = _places
+    if len(places) < num_rows:
+        places = _places = torch.arange(2 * num_rows)
+    key = int(torch.randint(_LARGEST, ()))
+    return Draws(key=key, layer=0, src_ids=places[:num_rows])
+
+
+def _drop_places(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout of rows [M, F] that follows torch's generator."""
+    if not training or not 0 < p < 1 or x.ndim != 2 or x.device.type != "cpu" or x.dtype not in _NATIVE:
+        return nn.functional.dropout(x, p, training)
+    return _drop(x, p, _draws_of_places(len(x)), 0, None)
+
+
 def _drop(x: Tensor, p: float, draws: Draws, salt: int, edges: tuple[Tensor, Tensor] | None) -> Tensor:
     threshold = min(round(p * _LEVELS), _LEVELS - 1)
     mask = _Mask(draws=draws, salt=salt, threshold=threshold, edges=edges)
@@ -149,7 +172,7 @@ def dropout(x: Tensor, p: float, training: bool, block: "Block | None" = None, s
     Two calls in one layer draw alike unless their salts differ. ValueError where the block's ids are fewer than rows.
     """
     if block is None or block.draws is None:
-        return nn.functional.dropout(x, p, training)
+        return _drop_places(x, p, training)
     if not training or not p:
         return x
     if x.ndim != 2 or len(x) > len(block.draws.src_ids):
@@ -162,7 +185,7 @@ def dropout(x: Tensor, p: float, training: bool, block: "Block | None" = None, s
 def edge_dropout(x: Tensor, p: float, training: bool, block: "Block", salt: int = 0) -> Tensor:
     """Drop values of `x` [E, K], one row per edge of the block; parallel edges lose the same. See `dropout`."""
     if block.draws is None:
-        return nn.functional.dropout(x, p, training)
+        return _drop_places(x, p, training)
     if not training or not p:
         return x
     if x.ndim != 2 or len(x) != block.num_edges:

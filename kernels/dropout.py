@@ -8,13 +8,12 @@ values are multiplied by `scale`, others become 0. The gradient is the same func
 Letters: N nodes, E edges, F columns.
 """
 
+import numpy as np
 from numba import njit
-from numpy import int64, uint64
+from numpy import int64, uint16, uint64
 
 from penstock.kernels.rng import draw, fold
 
-_LANE = uint64(0xFFFF)
-_S16, _S32, _S48 = uint64(16), uint64(32), uint64(48)
 _EPOCH = uint64(3)  # 1 and 2 are the domains of `seeds`
 
 
@@ -25,29 +24,23 @@ def epoch_key(seed, epoch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _drop_row(x, row, key, threshold, scale, out):  # type: ignore[no-untyped-def]
-    width = x.shape[1]
+def _drop_row(x, row, key, threshold, scale, words, lanes, out):  # type: ignore[no-untyped-def]
+    """Two passes over a row, since compilers make vector code of each; `lanes` is a view of `words`, little-endian."""
+    for word in range(len(words)):
+        words[word] = draw(key, word)
     zero = scale - scale  # of the type of the values
-    whole = width - width % 4
-    for f in range(0, whole, 4):
-        bits = draw(key, f // 4)
-        out[row, f] = x[row, f] * scale if (bits & _LANE) >= threshold else zero
-        out[row, f + 1] = x[row, f + 1] * scale if ((bits >> _S16) & _LANE) >= threshold else zero
-        out[row, f + 2] = x[row, f + 2] * scale if ((bits >> _S32) & _LANE) >= threshold else zero
-        out[row, f + 3] = x[row, f + 3] * scale if (bits >> _S48) >= threshold else zero
-    if whole < width:
-        bits = draw(key, whole // 4)
-        for f in range(whole, width):
-            out[row, f] = x[row, f] * scale if (bits & _LANE) >= threshold else zero
-            bits = bits >> _S16
+    for f in range(x.shape[1]):
+        out[row, f] = x[row, f] * scale if lanes[f] >= threshold else zero
 
 
 @njit(cache=True, nogil=True)
 def drop_nodes(x, ids, key, layer, salt, threshold, scale, out, lo, hi):  # type: ignore[no-untyped-def]
     """Drop values of rows lo..hi-1 of `x` float [N, F], row n of node `ids` int64 [N][n]; `scale` is of x's type."""
-    root, least = fold(fold(uint64(key), layer), salt), uint64(threshold)
+    root, least = fold(fold(uint64(key), layer), salt), uint16(threshold)
+    words = np.empty((x.shape[1] + 3) // 4, np.uint64)
+    lanes = words.view(np.uint16)
     for row in range(lo, hi):
-        _drop_row(x, row, fold(root, ids[row]), least, scale, out)
+        _drop_row(x, row, fold(root, ids[row]), least, scale, words, lanes, out)
 
 
 @njit(cache=True, nogil=True)
@@ -56,7 +49,9 @@ def drop_edges(x, indptr, indices, ids, key, layer, salt, threshold, scale, out,
 
     `ids` int64 are those of the block's sources. Edges between the same two nodes share their mask.
     """
-    root, least = fold(fold(uint64(key), layer), salt), uint64(threshold)
+    root, least = fold(fold(uint64(key), layer), salt), uint16(threshold)
+    words = np.empty((x.shape[1] + 3) // 4, np.uint64)
+    lanes = words.view(np.uint16)
     for v in range(lo, hi):
         for e in range(int64(indptr[v]), int64(indptr[v + 1])):
-            _drop_row(x, e, fold(fold(root, ids[indices[e]]), ids[v]), least, scale, out)
+            _drop_row(x, e, fold(fold(root, ids[indices[e]]), ids[v]), least, scale, words, lanes, out)

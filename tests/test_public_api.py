@@ -1,6 +1,7 @@
 """What `import penstock` offers, and what a type checker knows of it."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,19 @@ def test_every_name_is_there_and_others_are_refused_with_what_there_is() -> None
     assert {"train", "infer"} <= set(dir(penstock))
     with pytest.raises(AttributeError, match="no attribute 'trian'; it has .*train"):
         penstock.trian  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("imports", "given", "found"),
+    [
+        ("penstock", None, "PASSIVE"),
+        ("penstock", "ACTIVE", "ACTIVE"),
+        ("torch, penstock", None, "None"),  # too late: it would be said and not be so
+    ],
+)
+def test_threads_that_wait_sleep_unless_told_otherwise(imports: str, given: str | None, found: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    program = f"import os, {imports}; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found]

@@ -8,7 +8,14 @@ graph stores; `load_config`, `train`, `infer` run the main job; `sample_trace`, 
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
+
+if (
+    "torch" not in sys.modules
+):  # it is read once, when torch is loaded: see "Threads that wait sleep" in docs/decisions.md
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test compares the two lists
     from penstock.config import RunConfig as RunConfig

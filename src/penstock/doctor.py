@@ -86,6 +86,9 @@ def _threads() -> Iterator[Finding]:
     asked = os.environ.get("OMP_NUM_THREADS")
     remedy = f"unset it or set it to {usable}" if asked and asked != str(usable) else ""
     yield "OMP_NUM_THREADS", asked or "not set", remedy
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
+    remedy = "" if policy.upper() == "PASSIVE" else "set it to PASSIVE: threads that spin take cores from the feed"
+    yield "OMP_WAIT_POLICY", policy, remedy
 
 
 def _packages() -> Iterator[Finding]:

@@ -87,23 +87,52 @@ def test_expectation_is_kept_for_the_rounded_probability() -> None:
         assert torch.allclose(out.max(), torch.tensor(1 / (1 - rounded)))
 
 
-def test_without_draws_or_out_of_training_it_is_torchs() -> None:
+def test_out_of_training_nothing_is_dropped() -> None:
     x, block = values(50, 6), make_block(torch.arange(50), 4)
     assert dropout(x, P, False, block) is x and dropout(x, 0.0, True, block) is x
     assert dropout(x, 1e-9, True, block) is x
-    bare = replace(block, draws=None)
+
+
+def test_without_draws_torchs_generator_decides() -> None:
+    x, bare = values(50, 6), replace(make_block(torch.arange(50), 4), draws=None)
     results = []
     for call in (
         lambda: dropout(x, P, True, bare),
         lambda: dropout(x, P, True),
         lambda: NodeDropout(P)(bare, x),
         lambda: edge_dropout(x[:12], P, True, bare),
-        lambda: torch.nn.functional.dropout(x[:12], P),
     ):
         torch.manual_seed(1)
         results.append(call()[:12])
+    assert all(torch.equal(results[0], result) for result in results[1:])
+    assert not torch.equal(results[0], dropout(x, P, True)[:12])  # the next call draws anew
+
+
+@pytest.mark.parametrize(("dtype", "p"), [(torch.bfloat16, P), (torch.float16, P), (torch.float32, 1.0)])
+def test_what_the_kernel_does_not_do_is_torchs(dtype: torch.dtype, p: float) -> None:
+    x, results = values(50, 6).to(dtype), []
+    for call in (dropout, torch.nn.functional.dropout):
+        torch.manual_seed(1)
+        results.append(call(x, p, True))
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        dropout(x, 1.5, True)
+
+
+def test_without_draws_bits_do_not_depend_on_threads() -> None:
+    x, results = values(3000, 50).requires_grad_(), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(5)
+        out = dropout(x, P, True)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(grad != 0, out != 0)
+        results.append(out.detach())
+    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    assert torch.equal(results[3], results[4])
+    kept = float((results[0] != 0).double().mean())
+    assert abs(kept - (1 - P)) < 5 * (P * (1 - P) / x.numel()) ** 0.5
 
 
 def test_a_module_draws_by_its_salt_and_in_training_only() -> None:
