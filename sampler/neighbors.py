@@ -31,7 +31,20 @@ from penstock.storage.trace_writer import TraceWindowWriter, begin_trace, read_t
 
 Method = Literal["uniform", "labor"]
 SampleMode = Literal["auto", "item", "hop"]
+MAX_FANOUT = 2**31 - 1  # offsets of a block are int32
 _MAX_WINDOW_ITEMS = 64  # enough for packs to share rows; more only makes a killed run redo more
+
+
+def check_fanouts(value: tuple[int, ...]) -> tuple[int, ...]:
+    """Pass fanouts on; ValueError where there are none, or nothing can be drawn by one of them."""
+    if not value:
+        raise ValueError("fanouts are empty; give one per layer, for example 10,15,20")
+    for fanout in value:
+        if fanout == 0 or fanout < -1 or fanout > MAX_FANOUT:
+            raise ValueError(
+                f"a fanout of {fanout} in {list(value)} is not possible; use 1 to {MAX_FANOUT}, or -1 for all"
+            )
+    return value
 
 
 class SampleConfig(BaseModel):
@@ -58,14 +71,7 @@ class SampleConfig(BaseModel):
     @field_validator("fanouts", "num_neighbors")
     @classmethod
     def _check_fanouts(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is None:
-            return None
-        if not value:
-            raise ValueError("fanouts are empty; give one per layer, for example 10,15,20")
-        for fanout in value:
-            if fanout == 0 or fanout < -1 or fanout >= 1 << 31:
-                raise ValueError(f"a fanout of {fanout} in {list(value)} is not possible; use 1 or more, or -1 for all")
-        return value
+        return None if value is None else check_fanouts(value)
 
     @model_validator(mode="after")
     def _check_combination(self) -> "SampleConfig":

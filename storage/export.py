@@ -24,14 +24,23 @@ def _arrow_type(column: ColumnType) -> pa.DataType:
     return pa.list_(value, width) if width else value
 
 
+def require_parquet_name(path: Path | str) -> None:
+    """ValueError where a file of this name would be taken for something else than Parquet by its suffix."""
+    suffix = Path(path).suffix
+    if suffix.lower() not in (".parquet", ".pq", ""):
+        raise ValueError(f"{path} would be a Parquet file named {suffix}; give a name that ends in .parquet")
+
+
 class NodeTableWriter:
     """Stream a node table `id, *columns` to `path`; it appears there whole when the context ends without an error.
 
     `columns` maps each name to its type, for example `{"embedding": ("float32", 64), "prediction": ("int64", 0)}`.
     Every `append` becomes one row group, so call it with chunks that you can afford. Not safe for several threads.
+    ValueError where the name says another format.
     """
 
     def __init__(self, path: Path, graph: GraphStore, columns: Mapping[str, ColumnType]) -> None:
+        require_parquet_name(path)
         if "id" in columns:
             raise ValueError("column 'id' is written from the graph; give the others only")
         self.path, self._graph, self._columns = Path(path), graph, dict(columns)

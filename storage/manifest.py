@@ -91,9 +91,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def near_miss(path: Path) -> str:
     """What to say of a path that is not there: the entry beside it that it may have meant."""
+    if path.is_symlink():
+        return f"; it is a link to {path.readlink()}, which is not there"
     there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
     return f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
+
+
+def no_folder(path: Path, *markers: str) -> str:
+    """What to say of a path that is no folder, naming the one with a file of `markers` that it may have meant."""
+    if not path.exists():
+        return f"{path} does not exist{near_miss(path)}"
+    owner = next((folder for folder in path.parents if any((folder / name).is_file() for name in markers)), None)
+    return f"{path} is a file; give a folder that has {' or '.join(markers)}{f': {owner}' if owner else ''}"
 
 
 def open_seal(value: Any, path: Path | str, remedy: str) -> Any:
@@ -109,9 +119,9 @@ def read_json(
     """Read JSON, without its seal; FormatError, ending with `remedy`, where it is missing, damaged or lacks `keys`."""
     try:
         value = open_seal(json.loads(path.read_text()), path, remedy)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if not path.parent.is_dir():
-            raise FormatError(f"{path.parent} does not exist{near_miss(path.parent)}") from error
+            raise FormatError(no_folder(path.parent, path.name)) from error
         raise FormatError(
             f"{path} does not exist: the folder is not complete, or none of ours; restore it, run the step that "
             "writes it, or check the path"

@@ -18,7 +18,7 @@ from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
 from penstock.overrides import assign, explain, flatten, parse_override
-from penstock.sampler.neighbors import SampleConfig
+from penstock.sampler.neighbors import SampleConfig, check_fanouts
 from penstock.sampler.plan import PlanConfig
 from penstock.storage.budget import parse_bytes, parse_memory
 from penstock.storage.redaction import refuse_secrets
@@ -59,6 +59,11 @@ class EvaluateConfig(BaseModel):
     mode: Literal["sampled", "exact", "none"] = "sampled"
     fanouts: tuple[int, ...] | None = None
     memory_share: float = Field(default=0.25, gt=0, lt=0.9)
+
+    @field_validator("fanouts")
+    @classmethod
+    def _check_fanouts(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else check_fanouts(value)
 
 
 class RunConfig(BaseModel):

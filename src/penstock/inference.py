@@ -11,8 +11,9 @@ from penstock.process_memory import process_bytes
 from penstock.report import read_config
 from penstock.storage.budget import MIB, default_host_bytes, num_threads
 from penstock.storage.errors import DataError
+from penstock.storage.export import require_parquet_name
 from penstock.storage.graph import Split, open_graph
-from penstock.storage.manifest import near_miss
+from penstock.storage.manifest import no_folder
 from penstock.storage.progress import Progress, silent
 
 
@@ -42,9 +43,12 @@ def infer(
     DataError where the run has no model, or its graph was replaced and no `dataset` is given, or the graph has other
     features than the model was trained on, or features normalised otherwise.
     """
+    require_parquet_name(out)
     run_dir, _ = local_run(run_dir, stage_dir)
     if not run_dir.is_dir():
-        raise DataError(f"{run_dir} does not exist{near_miss(run_dir)}")
+        raise DataError(no_folder(run_dir, "config.yaml"))
+    if not (run_dir / "config.yaml").is_file():
+        raise DataError(f"{run_dir} has no config.yaml: it is no run; give the folder of a run of penstock train")
     if not (run_dir / "model" / "model.json").is_file():
         raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")

@@ -13,7 +13,7 @@ from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
 from penstock.storage.errors import DataError
 from penstock.storage.graph import SPLITS, open_graph
-from penstock.storage.manifest import MANIFEST, near_miss, read_json
+from penstock.storage.manifest import MANIFEST, no_folder, read_json
 from penstock.storage.pack import open_packset
 from penstock.storage.remote.config import is_uri
 from penstock.storage.remote.files import open_remote
@@ -137,8 +137,8 @@ def describe(path: Path, *, validate: bool = False) -> Description:
             return describe_trace(path, validate=validate)
         if format == "penstock/chunks":
             return describe_chunks(path, validate=validate)
-    if not path.exists():
-        raise DataError(f"{path} does not exist{near_miss(path)}")
+    if not path.is_dir():
+        raise DataError(no_folder(path, MANIFEST, "packset.json", "config.yaml"))
     raise DataError(
         f"{path} is no graph store, trace, pack set, cut graph or run: it has none of {MANIFEST}, packset.json, "
         "config.yaml; if a step was cut off there, run the same command again"

@@ -36,6 +36,7 @@ def test_flags_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> Non
         (["sampler.fanouts=[5]", "sampler.num_neighbors=[5]"], "both of fanouts"),
         (["sampler.fanouts=[5,0]"], "a fanout of 0"),
         (["evaluate.fanouts=[5]"], "give 2"),
+        (["evaluate.fanouts=[5,0]"], "a fanout of 0 in [5, 0] is not possible; use 1 to 2147483647, or -1 for all"),
         (["budgets.disk=much"], "'much' is not a size"),
         (["mode=chunked", "train.precision=bfloat16"], "no effect here: it is for mode=sampled; leave it out"),
         (["mode=chunked", "evaluate.fanouts=[5,5]"], "evaluate.fanouts=[5, 5] has no effect here"),

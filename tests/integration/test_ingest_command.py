@@ -131,3 +131,30 @@ def test_a_mistyped_path_is_said_to_be_one(tmp_path: Path) -> None:
         call("infer", str(tmp_path / "nowhere"), str(tmp_path / "out.parquet"))
     with pytest.raises(DataError, match="manifest.json does not exist: the folder is not complete, or none of ours"):
         open_graph(tmp_path / "tables")
+
+
+def test_a_file_is_not_taken_for_the_folder_it_is_in(tmp_path: Path) -> None:
+    ingest(_tables(tmp_path / "tables"), str(tmp_path / "graph"))
+    manifest, out = tmp_path / "graph" / "manifest.json", str(tmp_path / "out.parquet")
+    for verb, *options in (("plan", "--run-dir", str(tmp_path / "r")), ("inspect",)):
+        with pytest.raises(DataError, match=rf"manifest.json is a file; give a folder .*: {tmp_path / 'graph'}$"):
+            call(verb, str(manifest), *options)
+    with pytest.raises(DataError, match=r"manifest.json is a file; give a folder that has config.yaml$"):
+        call("infer", str(manifest), out)
+    with pytest.raises(DataError, match=r"graph has no config.yaml: it is no run"):
+        call("infer", str(tmp_path / "graph"), out)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "model" / "model.json").touch()
+    with pytest.raises(DataError, match=rf"model.json is a file; give a folder that has config.yaml: {tmp_path}/run$"):
+        call("infer", str(tmp_path / "run" / "model" / "model.json"), out)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"link does not exist; it is a link to .*/gone, which is not there"):
+        call("inspect", str(tmp_path / "link"))
+
+
+@pytest.mark.parametrize("out", ["out.csv", "out.parquet.gz", "file:///nowhere/out.json"])
+def test_a_file_of_another_format_is_refused_before_any_work(tmp_path: Path, out: str) -> None:
+    with pytest.raises(ValueError, match=r"would be a Parquet file named \.(csv|gz|json); give a name .*\.parquet"):
+        call("infer", str(tmp_path / "run"), out if ":" in out else str(tmp_path / out))
+    assert not list(tmp_path.iterdir())

@@ -301,7 +301,7 @@ def test_a_full_disk_is_clear_and_leaves_whole_windows(tiny_graph: GraphStore, t
         ({"fanouts": ()}, "empty"),
         ({"fanouts": (3, 0)}, "fanout of 0"),
         ({"num_neighbors": (3, -2)}, "fanout of -2"),
-        ({"fanouts": (1 << 31,)}, "is not possible"),
+        ({"fanouts": (1 << 31,)}, "a fanout of 2147483648 .* use 1 to 2147483647, or -1 for all"),
         ({"fanouts": (2,), "method": "labor", "replace": True}, "without replacement"),
         ({"fanouts": (2,), "method": "other"}, "labor"),
         ({"fanouts": (2,), "batch_size": 0}, "greater than or equal to 1"),
