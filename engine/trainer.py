@@ -96,7 +96,7 @@ class _LocalWorkers(ModelState):
 
     def __init__(self, stepper: Stepper, config: TrainConfig, items_per_epoch: int, evaluate: Evaluate | None) -> None:
         super().__init__(stepper)
-        self.times = {"compute": 0.0, "stall": 0.0}
+        self.times = {"stall": 0.0}
         self._config, self._items_per_epoch = config, items_per_epoch
         self._total_steps = items_per_epoch * config.epochs
         self._evaluate = evaluate
@@ -130,14 +130,11 @@ class _LocalWorkers(ModelState):
             losses.append((step, batch.num_seeds, self.stepper.add(batch, step)))
             ended = time.perf_counter()
             self.times["stall"] += got - began - device_s
-            self.times["compute"] += ended - got + device_s
             TRACE.add("stall", f"item {step}", began, got)
             TRACE.add("compute", f"item {step}", got, ended)
         began = time.perf_counter()
         self.stepper.step(update_rate(self._config, start, self._items_per_epoch))
-        ended = time.perf_counter()
-        self.times["compute"] += ended - began
-        TRACE.add("compute", "update", began, ended)
+        TRACE.add("compute", "update", began, time.perf_counter())
         return losses
 
     def evaluate(self) -> Mapping[str, Metrics]:

@@ -8,8 +8,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor
 from penstock.engine.checkpoint import Checkpoint, delete_checkpoints, read_latest, write_checkpoint
 from penstock.engine.metrics import Metrics, MetricsWriter
 from penstock.engine.optim import learning_rate
+from penstock.engine.throughput import Throughput
 from penstock.engine.trainconfig import TrainConfig
 from penstock.engine.trainstate import Stopped, TrainResult, TrainState
 from penstock.storage.progress import Progress, silent
@@ -39,7 +40,7 @@ class Workers(Protocol):
     """What computes: a model and its optimizer, once or in replicas."""
 
     times: dict[str, float]
-    "Seconds in `compute`, `stall` and perhaps others; grow."
+    "Of the seconds in `advance`, those in which it waited, by cause: `stall` for the feed, perhaps `reduce`; grow."
 
     def open(self, start: int, stop: int) -> AbstractContextManager[object]:
         """Be ready for steps [start, stop)."""
@@ -99,13 +100,12 @@ class TrainLoop:
         self._stop, self._record = stop_requested or threading.Event(), record
         self._identity = {**config.identity(), "items_per_epoch": items_per_epoch, **(identity or {})}
         self._pending: list[ItemLoss] = []
-        self._times = {"evaluate": 0.0, "checkpoint": 0.0}
-        self._resumed_from = self._num_steps = self._num_seeds = 0
+        self._times = {"start": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
+        self._throughput = Throughput()
+        self._resumed_from = 0
         self._saved_at, self._saved = time.monotonic(), (0, -1)  # step and finished epochs of the last checkpoint
         self._began_at, self._save_s, self._has_saved = self._saved_at, 0.0, False
         self._is_final = False  # no checkpoint is to follow
-        self._logged_at, self._logged_step = time.monotonic(), 0
-        self._begin_epoch()
 
     @property
     def total_steps(self) -> int:
@@ -118,24 +118,40 @@ class TrainLoop:
         Raises Stopped after a checkpoint when asked to stop, ValueError for a loss that is not finite or a checkpoint
         of another run.
         """
-        if resume:
-            self._restore(read_latest(self._checkpoints))
-        else:
-            delete_checkpoints(self._checkpoints)
+        began = time.perf_counter()
+        with self._timed("start"):
+            if resume:
+                self._restore(read_latest(self._checkpoints))
+            else:
+                delete_checkpoints(self._checkpoints)
         with MetricsWriter(self._metrics_path, keep_bytes=self.state.metrics_bytes) as self._metrics:
-            self._logged_at, self._logged_step = time.monotonic(), self.state.step
-            self._began_at = self._saved_at = self._logged_at
-            self._begin_epoch()
+            self._began_at = self._saved_at = time.monotonic()
             self._end_epoch()
             if not self.state.finished:
-                with self.workers.open(self.state.step, self.total_steps):
-                    while not self.state.finished:
-                        self._advance()
-                        self._end_epoch()
-                        self._save_if_due()
+                self._run_epochs()
             if not self._is_final and self._saved != (self.state.step, self.state.epochs_done):
                 self._save()
-        return self._result()
+        return self._result(time.perf_counter() - began)
+
+    def _run_epochs(self) -> None:
+        with ExitStack() as stack:
+            with self._timed("start"):
+                stack.enter_context(self.workers.open(self.state.step, self.total_steps))
+            while not self.state.finished:
+                with self._throughput.running():
+                    self._advance()
+                self._end_epoch()
+                self._save_if_due()
+            with self._timed("start"):
+                stack.close()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._times[name] += time.perf_counter() - began
 
     def _advance(self) -> None:
         """Train on the next items, as many as may go by without a look at the clock."""
@@ -146,9 +162,9 @@ class TrainLoop:
         assert [at for at, *_ in losses] == list(range(step, stop)), f"steps {step}..{stop} were not all trained"
         self._pending += losses
         state.step = stop
-        self._num_steps += stop - step
-        self._num_seeds += sum(num_seeds for _, num_seeds, _ in losses)
-        if stop // config.log_every > step // config.log_every or len(self._pending) >= _MAX_PENDING:
+        self._throughput.add(stop - step, sum(num_seeds for _, num_seeds, _ in losses))
+        ends = stop % self.items_per_epoch == 0
+        if ends or stop // config.log_every > step // config.log_every or len(self._pending) >= _MAX_PENDING:
             self._read_losses()
 
     def _next_save(self, step: int) -> int:
@@ -166,8 +182,7 @@ class TrainLoop:
         if not self._pending:
             return
         state, values = self.state, torch.stack([loss for *_, loss in self._pending]).tolist()
-        now = time.monotonic()
-        rate = (state.step - self._logged_step) / max(1e-9, now - self._logged_at)
+        self._throughput.mark()
         for (step, num_seeds, _), value in zip(self._pending, values, strict=True):
             if not math.isfinite(value):
                 raise ValueError(
@@ -180,8 +195,7 @@ class TrainLoop:
             state.window_sum += value
             state.window_steps += 1
             if (step + 1) % self.config.log_every == 0:
-                self._log(step + 1, rate)
-                self._logged_at, self._logged_step = now, state.step
+                self._log(step + 1)
         self._pending.clear()
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -189,22 +203,23 @@ class TrainLoop:
         if self._record is not None:
             self._record(record)
 
-    def _log(self, step: int, rate: float) -> None:
+    def _log(self, step: int) -> None:
         state = self.state
         loss = state.window_sum / state.window_steps
         lr = update_rate(self.config, step - 1, self.items_per_epoch)
-        self._write({"step": step, "epoch": step / self.items_per_epoch, "loss": loss, "lr": lr, "items_per_s": rate})
-        self._progress("train", step, self.total_steps, "items", loss=loss, items_per_s=rate)
+        self._write({"step": step, "epoch": step / self.items_per_epoch, "loss": loss, "lr": lr, **self._rate()})
+        self._tell(step, loss)
         state.window_sum, state.window_steps = 0.0, 0
 
-    def _begin_epoch(self) -> None:
-        self._epoch_began = (time.perf_counter() - self._times["checkpoint"], self._num_steps)
+    def _tell(self, step: int, loss: float) -> None:
+        """Show where training is."""
+        numbers = {**self._rate(), "stall_s": self.workers.times["stall"]}
+        self._progress("train", step, self.total_steps, "items", loss=loss, **numbers)
 
     def _rate(self) -> dict[str, float]:
-        """Of this process in the running epoch, without checkpoints; empty where it trained none of it."""
-        began, before = self._epoch_began
-        steps, took_s = self._num_steps - before, time.perf_counter() - self._times["checkpoint"] - began
-        return {"epoch_items_per_s": steps / max(1e-9, took_s)} if steps else {}
+        """Empty where this process trained nothing of the epoch."""
+        rate = self._throughput.items_per_s
+        return {} if rate is None else {"items_per_s": rate}
 
     def _end_epoch(self) -> None:
         """Do what is due at the end of an epoch, if one has just ended."""
@@ -212,7 +227,6 @@ class TrainLoop:
         if state.finished or state.step != (state.epochs_done + 1) * self.items_per_epoch:
             return
         self._read_losses()
-        rate = self._rate()
         epoch = state.epochs_done + 1
         last = epoch == config.epochs
         due = self._evaluates and (last or self._is_due(epoch))
@@ -224,13 +238,13 @@ class TrainLoop:
         found = self._run_evaluation(epoch) if due else {}
         state.losses.append(state.loss_sum / state.loss_seeds)
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
-        told = {"train_loss": state.losses[-1], **values, **state.best_so_far(config.metric), **rate}
+        told = {"train_loss": state.losses[-1], **values, **state.best_so_far(config.metric), **self._rate()}
         self._write({"step": state.step, "epoch": epoch, **told})
+        self._tell(state.step, state.losses[-1])
+        self._throughput.end_epoch()
         state.loss_sum, state.loss_seeds, state.epochs_done = 0.0, 0, epoch
         state.stopped_early = not last and self._has_waited_enough()
         state.finished = last or state.stopped_early
-        self._logged_at = time.monotonic() if due else self._logged_at
-        self._begin_epoch()
 
     def _is_due(self, epoch: int) -> bool:
         """Whether an epoch that is not the last is evaluated."""
@@ -243,8 +257,9 @@ class TrainLoop:
         return patience is not None and self._is_due(state.epochs_done) and waited >= patience
 
     def _run_evaluation(self, epoch: int) -> Mapping[str, Metrics]:
-        state, began = self.state, time.perf_counter()
-        found = self.workers.evaluate()
+        state = self.state
+        with self._timed("evaluate"):
+            found = self.workers.evaluate()
         if "valid" not in found:
             raise ValueError(f"the evaluation returned {sorted(found)}, without 'valid'; give the graph a valid split")
         if not all(math.isfinite(m.loss) for m in found.values()):
@@ -257,7 +272,6 @@ class TrainLoop:
         if (score, -valid.loss) > (state.best_score, -state.best_loss):
             state.best_epoch, state.best_score, state.best_loss = epoch, score, valid.loss
             self.workers.keep_best()
-        self._times["evaluate"] += time.perf_counter() - began
         return found
 
     def _longest_s(self) -> float:
@@ -320,10 +334,11 @@ class TrainLoop:
         self._resumed_from, self._saved = self.state.step, (self.state.step, self.state.epochs_done)
         logger.info("continuing %s at step %d", checkpoint.path, self.state.step)
 
-    def _result(self) -> TrainResult:
-        state, times = self.state, {"compute": 0.0, "stall": 0.0, **self._times, **self.workers.times}
-        busy = max(1e-9, times["compute"] + times["stall"])
-        best = next((e for e in state.evaluations if e["epoch"] == state.best_epoch), {})
+    def _result(self, total_s: float) -> TrainResult:
+        state, throughput = self.state, self._throughput
+        waits = {"stall": 0.0, "reduce": 0.0, **self.workers.times}
+        times = {"compute": max(0.0, throughput.seconds - sum(waits.values())), **waits, **self._times}
+        times["record"] = max(0.0, total_s - sum(times.values()))
         return TrainResult(
             epochs=state.epochs_done,
             steps=state.step,
@@ -332,13 +347,10 @@ class TrainLoop:
             losses=tuple(state.losses),
             evaluations=tuple(state.evaluations),
             best_epoch=state.best_epoch,
-            best=best,
-            compute_s=times["compute"],
-            stall_s=times["stall"],
-            evaluate_s=times["evaluate"],
-            checkpoint_s=times["checkpoint"],
-            items_per_s=self._num_steps / busy,
-            seeds_per_s=self._num_seeds / busy,
+            best=next((e for e in state.evaluations if e["epoch"] == state.best_epoch), {}),
+            times=times,
+            items_per_s=throughput.mean_items_per_s,
+            seeds_per_s=throughput.seeds / max(1e-9, throughput.seconds),
         )
 
 

@@ -43,7 +43,11 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What training came to. `losses` is the mean per epoch; the times are of this process, not of resumed ones."""
+    """What training came to, in this process and not in those that it continues. `losses` is the mean per epoch.
+
+    `times` names every second of `TrainLoop.run`: `start` (checkpoint, opening and closing the feed), `compute`,
+    `stall` for the feed, `reduce` for other replicas, `evaluate`, `checkpoint`, `record` (all else).
+    """
 
     epochs: int
     steps: int
@@ -53,10 +57,7 @@ class TrainResult:
     evaluations: tuple[dict[str, Any], ...]
     best_epoch: int
     best: dict[str, Any]
-    compute_s: float
-    stall_s: float
-    evaluate_s: float
-    checkpoint_s: float
+    times: dict[str, float]
     items_per_s: float
     seeds_per_s: float
 

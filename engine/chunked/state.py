@@ -43,15 +43,19 @@ class ChunkedState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkedResult:
-    """What training came to. `weights` are the best ones where there was an evaluation; times are of this process."""
+    """What training came to. `weights` are the best ones where there was an evaluation; times are of this process.
+
+    `times` names every second of `ChunkedTrainer.run`: `start` (ranks, checkpoint), `compute`, `stall` for histories on
+    disk, `reduce` for other ranks, `evaluate` (exact passes), `checkpoint`, `record` (all else, attempts that failed
+    among it). Of ranks that wait in an epoch the mean counts.
+    """
 
     weights: dict[str, Tensor]
     state: ChunkedState
     resumed_from: int
     reports: tuple[RankReport, ...]
     epoch_s: tuple[float, ...]
-    exact_s: float
-    checkpoint_s: float
+    times: dict[str, float]
     history_errors: dict[int, float]
 
     @property

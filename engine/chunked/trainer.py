@@ -90,9 +90,10 @@ class ChunkedTrainer:
         self._stop, self._progress = stop_requested or threading.Event(), progress
         self.state = ChunkedState()
         self._board = open_board(specs)
+        self._stage = "epoch"  # what ranks are at
         self._errors: dict[int, float] = {}
         self._epoch_s: list[float] = []
-        self._times = {"exact": 0.0, "checkpoint": 0.0}
+        self._times = dict.fromkeys(("start", "compute", "stall", "reduce", "evaluate", "checkpoint"), 0.0)
         self._last_save_s, self._has_saved = 0.0, False
         self._reports: list[RankReport] = []
 
@@ -103,6 +104,7 @@ class ChunkedTrainer:
         RankFailed where ranks failed more than `chunked.retries` times, ValueError for a loss that is not finite or a
         checkpoint of another run.
         """
+        began = time.perf_counter()
         if not resume:
             delete_checkpoints(self._checkpoints)
         resumed_from: list[int] = []
@@ -116,14 +118,14 @@ class ChunkedTrainer:
                 delete_unfinished(self._checkpoints)  # all ranks have ended; a full disk must not stay full
 
         weights = run_with_restarts(attempt, self.chunked.retries, self._tell_restart, stop_requested=self._stop)
+        record_s = max(0.0, time.perf_counter() - began - sum(self._times.values()))
         return ChunkedResult(
             weights=weights,
             state=self.state,
             resumed_from=resumed_from[0],
             reports=tuple(self._reports),
             epoch_s=tuple(self._epoch_s),
-            exact_s=self._times["exact"],
-            checkpoint_s=self._times["checkpoint"],
+            times={**self._times, "record": record_s},
             history_errors=self._errors,
         )
 
@@ -148,6 +150,7 @@ class ChunkedTrainer:
 
     def _attempt(self, found: ChunkedCheckpoint | None) -> dict[str, Tensor]:
         """Start ranks, train to the end, and bring the weights together."""
+        began, evaluated_s = time.perf_counter(), self._times["evaluate"]
         with (
             self._open_backend(self.specs) as self._backend,
             MetricsWriter(
@@ -155,6 +158,7 @@ class ChunkedTrainer:
             ) as self._metrics,
         ):
             self._start(found)
+            self._times["start"] += time.perf_counter() - began - (self._times["evaluate"] - evaluated_s)
             while not self._finished:
                 self._epoch()
             self._evaluate_the_end()
@@ -214,7 +218,7 @@ class ChunkedTrainer:
     def _poll(self) -> None:
         done, total = self._board.done()
         if total:
-            self._progress("chunks", done, total, "actions")
+            self._progress(self._stage, done, total, "actions")
 
     def plans(self, epoch: int) -> list[EpochPlan]:
         """The proven plans of an epoch, one per replica."""
@@ -232,6 +236,7 @@ class ChunkedTrainer:
         self._board.reset()
         self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plans)])
         self._epoch_s.append(time.perf_counter() - began)
+        self._count_waits(self._epoch_s[-1])
         TRACE.add("epoch", f"epoch {epoch}", began, began + self._epoch_s[-1])
         if self._observe is not None:
             self._observe(epoch, self._reports, began_s)
@@ -242,6 +247,14 @@ class ChunkedTrainer:
             raise ValueError(f"the loss is {loss} in epoch {epoch}; lower lr={self.train.lr}, or set grad_clip")
         self.state.losses.append(loss)
         self._end_epoch(epoch + 1, loss)
+
+    def _count_waits(self, epoch_s: float) -> None:
+        """Divide the seconds of an epoch among computing and waiting, of ranks in the mean."""
+        stall_s = float(np.mean([report.history_stall_s for report in self._reports]))
+        wait_s = float(np.mean([report.wait_s for report in self._reports]))
+        self._times["stall"] += stall_s
+        self._times["reduce"] += wait_s
+        self._times["compute"] += max(0.0, epoch_s - stall_s - wait_s)
 
     def _end_epoch(self, epochs: int, loss: float) -> None:
         """Evaluate, refresh and save what is due after `epochs` epochs."""
@@ -259,12 +272,13 @@ class ChunkedTrainer:
         record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
         values |= state.best_so_far(train.metric)
-        values["epoch_items_per_s"] = self._num_chunks * self.layout.replicas / max(1e-9, self._epoch_s[-1])
+        values["items_per_s"] = self._num_chunks * self.layout.replicas / max(1e-9, self._epoch_s[-1])
         errors = (
             {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
         )
         self._metrics.write({"step": epochs, "epoch": epochs, "train_loss": loss, **values, **errors, **record})
-        self._progress("train", epochs, train.epochs, "epochs", loss=loss)
+        rate = 1 / max(1e-9, self._epoch_s[-1])
+        self._progress("train", epochs, train.epochs, "epochs", epochs_per_s=rate, loss=loss)
         self._save_if_due()
 
     def _is_due(self, epochs: int) -> bool:
@@ -316,7 +330,9 @@ class ChunkedTrainer:
         self._board.reset()
         counted = [splits if self.layout.replica_of(rank) == 0 else () for rank in range(self.layout.num_ranks)]
         arguments = [(own, keep, count, sampled) for own, count in zip(self._own_lists(plans), counted, strict=True)]
+        self._stage = " and ".join(splits) or "refresh"
         reports: list[ExactReport] = self._call("exact_pass", arguments)
+        self._stage = "epoch"
         totals = {split: Counts(self._num_classes) for split in splits}
         errors: dict[int, list[float]] = {}
         for report in reports:
@@ -326,8 +342,8 @@ class ChunkedTrainer:
                 errors.setdefault(layer, []).append(value)
         self._errors = {layer: float(np.mean(values)) for layer, values in sorted(errors.items())}
         ended = time.perf_counter()
-        self._times["exact"] += ended - began
-        TRACE.add("evaluate", "exact pass", began, ended, splits=list(splits), keep=keep)
+        self._times["evaluate"] += ended - began
+        TRACE.add("evaluate", " and ".join(splits) or "refresh", began, ended, keep=keep)
         return {split: counts.metrics() for split, counts in totals.items()}
 
     def _own_lists(self, plans: Sequence[EpochPlan]) -> list[EpochPlan]:

@@ -77,14 +77,15 @@ def cut_graph(run: Run, parts: int) -> ChunkStore:
         shutil.rmtree(folder)
     if config.partition == "auto" and run.trained is not None:  # who cut it then, although now another might
         asked = asked.model_copy(update={"method": run.trained.keys["chunked.partition"]})
-    return write_chunks(
-        run.graph,
-        folder,
-        asked,
-        host_memory=run.budgets.host_bytes,
-        threads=run.threads,
-        progress=run.progress,
-    )
+    with run.timings.during("cut"):
+        return write_chunks(
+            run.graph,
+            folder,
+            asked,
+            host_memory=run.budgets.host_bytes,
+            threads=run.threads,
+            progress=run.progress,
+        )
 
 
 def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
@@ -157,7 +158,7 @@ def _pack(
     if is_complete(packs):
         return packs
     half = run.budgets.host_bytes // 2
-    with _of_whole(run, half):
+    with _of_whole(run, half), run.timings.during("sample"):
         trace = write_chunk_trace(
             run.graph,
             chunks,
@@ -169,7 +170,7 @@ def _pack(
             progress=run.progress,
         )
     budgets = replace(run.budgets, host_bytes=host_bytes, device_bytes=0, disk_bytes=disk_bytes)
-    with _of_whole(run, host_bytes):
+    with _of_whole(run, host_bytes), run.timings.during("plan"):
         planned = plan_packs(
             run.graph, trace, plan, budgets, disk_rates=run.disk_rates, scratch=out / "plan", progress=run.progress
         )
@@ -182,7 +183,7 @@ def _pack(
             "or give more --host-memory",
             disk_bytes=planned.summary.disk_needed_bytes * run.config.cluster.replicas,
         )
-    with _of_whole(run, half):
+    with _of_whole(run, half), run.timings.during("pack"):
         write_packs(planned, run.graph, trace, packs, host_memory=half, progress=run.progress)
     for scratch in ("trace", "plan"):
         shutil.rmtree(out / scratch, ignore_errors=True)

@@ -1,6 +1,5 @@
 """The main job on the whole graph: cut it, choose ranks, feed, train, score, report."""
 
-import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -32,6 +31,7 @@ from penstock.run import Run
 from penstock.schedule_plot import draw_schedule
 from penstock.storage.budget import num_threads, trim_heap
 from penstock.storage.graph import Split
+from penstock.timings import timings_section
 
 
 def find_backend(config: RunConfig) -> OpenBackend:
@@ -152,17 +152,19 @@ def _straggler(trained: ChunkedResult) -> dict[str, Any] | None:
 
 def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on the whole graph; returns the sections of `result.json`."""
-    started = time.perf_counter()
     _require_shared(run.config)
     prepared = prepare_ranks(run)
-    prepare_s = time.perf_counter() - started
+    prepare_s, steps = run.timings.total_s, dict(run.timings.spent)
     cut = {"chunked.partition": prepared.chunks.meta.method, "chunked.parts": prepared.layout.parts}
     identity = run.identity(**cut)
     trained = _train(run, prepared, identity, watch)
-    train_s = time.perf_counter() - started - prepare_s
+    began_s = run.timings.total_s
     model, meta, config = prepared.model, run.graph.meta, run.config
     model.load_state_dict(trained.weights)
     found = _score(run, model)
+    test_s = run.timings.total_s - began_s
+    around_s = began_s - prepare_s - sum(trained.times.values())
+    times = {**trained.times, "start": trained.times["start"] + around_s}
     save_model(
         run.path / "model",
         model,
@@ -184,13 +186,13 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         "metrics": _metrics(run, trained, found),
         "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
         "timings": {
-            "prepare_s": prepare_s,
-            "train_s": train_s,
-            "total_s": time.perf_counter() - started,
+            **timings_section(
+                total_s=run.timings.total_s, prepare_s=prepare_s, steps=steps, train=times, test_s=test_s
+            ),
             "epoch_s": float(np.median(trained.epoch_s)) if trained.epoch_s else None,
-            "exact_s": trained.exact_s,
-            "checkpoint_s": trained.checkpoint_s,
         },
+        "stalls": {"stall_s": trained.times["stall"], "reduce_s": trained.times["reduce"]},
+        "throughput": {"items_per_s": _items_per_s(prepared, trained)},
         "resumed_from": trained.resumed_from,
         "memory": prepared.memory.to_json(),
         "chunks": asdict(prepared.chunks.meta),
@@ -198,6 +200,12 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         "straggler": _straggler(trained),
         "ranks": [_rank_section(report, prepared) for report in trained.reports],
     }
+
+
+def _items_per_s(prepared: PreparedRanks, trained: ChunkedResult) -> float | None:
+    """Chunks of all replicas over the seconds of the epochs; None where none was left to do."""
+    items = len(trained.epoch_s) * prepared.chunks.meta.num_chunks * prepared.layout.replicas
+    return items / sum(trained.epoch_s) if trained.epoch_s else None
 
 
 def _metrics(run: Run, trained: ChunkedResult, found: dict[Split, Metrics]) -> dict[str, Any]:

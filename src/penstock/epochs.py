@@ -84,7 +84,7 @@ class EpochWatch:
             best_epoch=record.get("best_epoch"),
             best=record.get("best"),
             metric=self._config.metric,
-            items_per_s=record.get("epoch_items_per_s"),
+            items_per_s=record.get("items_per_s"),
             epoch_s=epoch_s,
             left_s=(epochs - epoch) * fmean(first_may_be_part),
         )

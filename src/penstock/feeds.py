@@ -35,7 +35,7 @@ class TrainFeed:
     def numbers(self) -> dict[str, float]:
         """What is worth showing while it runs."""
         stats = self.stats()
-        return {} if stats is None else {"hit_rate": 1 - stats.hit_rates["pack"], "stall_s": stats.stall_s}
+        return {} if stats is None else {"hit_rate": 1 - stats.hit_rates["pack"]}
 
     @contextmanager
     def open(self, start_step: int, stop_step: int) -> Iterator[Feed]:

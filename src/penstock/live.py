@@ -6,16 +6,22 @@ rank's start, `step`, `busy_s` and `stalls` by cause; `items_per_s` and `hit_rat
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from penstock.engine.supervision.stragglers import RankTimes, Straggler, find_straggler
+from penstock.epochs import EpochRecord
+from penstock.fitting import fit_columns, fit_pieces
 from penstock.storage.budget import format_bytes
 
 _HEADINGS = ("rank", "host", "step", "items/s", "stall", "reduce", "hits", "")
+_RANKS = (0, 5, 1, 1, 2, 3, 4, 0)  # what a column matters
+_STAGES = 8  # shown together: those that moved last
+_BAR = 24
 
 
 def format_amount(value: float, unit: str) -> str:
@@ -23,21 +29,89 @@ def format_amount(value: float, unit: str) -> str:
     return format_bytes(value) if unit == "bytes" else f"{value:,.0f} {unit}"
 
 
-def format_numbers(numbers: Mapping[str, float]) -> str:
-    """Names and values in a line."""
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+def format_rate(value: float, unit: str) -> str:
+    """Units per second."""
+    return f"{format_bytes(value)}/s" if unit == "bytes" else f"{value:,.4g} {unit}/s"
 
 
-class Rates:
-    """Remembers when each stage began, to print its rate."""
+def format_left(seconds: float) -> str:
+    """How long something will take, as a clock shows it: 0:00:12."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def format_number(name: str, value: float) -> str:
+    """A number beside its name, in the unit that the name tells."""
+    if name.endswith("_s"):
+        return f"{name.removesuffix('_s')} {value:.3g} s"
+    if name.endswith("_rate"):
+        return f"{name.replace('_', ' ')} {value:.0%}"
+    return f"{name.replace('_', ' ')} {value:,.0f}" if abs(value) >= 1000 else f"{name.replace('_', ' ')} {value:.4g}"
+
+
+def format_numbers(numbers: Mapping[str, float]) -> list[str]:
+    """Names and values, in the order in which they matter."""
+    return [format_number(name, value) for name, value in numbers.items()]
+
+
+@dataclass(slots=True, kw_only=True)
+class Stage:
+    """Where a stage is. `rate` is in units per second: as the stage says itself, or else since it began, at which there
+    were `first` units done."""
+
+    unit: str
+    first: int
+    began: float = field(default_factory=time.monotonic)
+    rounds: int = 0
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until it is done, if it goes as it went."""
+        return (self.total - self.done) / self.rate if self.rate > 0 and self.done < self.total else None
+
+
+class Stages:
+    """Every stage that was heard of; one whose amount falls has begun again."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, int]] = {}
+        self.known: dict[str, Stage] = {}
 
-    def rate(self, stage: str, done: int) -> float:
-        """Units per second since the stage was first seen."""
-        begun, first = self._begun.setdefault(stage, (time.monotonic(), done))
-        return (done - first) / max(time.monotonic() - begun, 1e-3)
+    def update(self, name: str, done: int, total: int, unit: str, numbers: Mapping[str, float]) -> Stage:
+        """Take what a `Progress` is told."""
+        stage = self.known.pop(name, None)
+        if stage is None or done < stage.done or stage.unit != unit:
+            stage = Stage(unit=unit, first=done, rounds=0 if stage is None else stage.rounds + 1)
+        self.known[name] = stage  # the last one is the one that moved last
+        told = numbers.get(f"{unit}_per_s")
+        since = max(time.monotonic() - stage.began, 1e-3)
+        stage.done, stage.total = done, total
+        stage.rate = (done - stage.first) / since if told is None else told
+        stage.numbers = {key: value for key, value in numbers.items() if key != f"{unit}_per_s"}
+        return stage
+
+
+def stage_line(name: str, stage: Stage) -> str:
+    """A stage as a line of a log."""
+    amounts = f"{name}: {format_amount(stage.done, stage.unit)} of {format_amount(stage.total, stage.unit)}"
+    rate = format_rate(stage.rate, stage.unit) if stage.rate > 0 else ""
+    left = "" if stage.left_s is None else f"{format_left(stage.left_s)} left"
+    parts = ", ".join(part for part in (amounts, rate, left) if part)
+    return "  ".join([parts, *format_numbers(stage.numbers)])
+
+
+def epoch_line(record: EpochRecord, width: int | None = None) -> str:
+    """The end of an epoch as a line, within `width` characters where there is one."""
+    metric = record.metric.replace("_", " ")
+    valid = "" if record.valid is None else f"valid {metric} {getattr(record.valid, record.metric):.4f}"
+    best = "" if record.best is None else f"best {record.best:.4f} (epoch {record.best_epoch})"
+    rate = "" if record.items_per_s is None else format_rate(record.items_per_s, "items")
+    left = f"{format_left(record.left_s)} left" if record.epoch < record.epochs else ""
+    places = f"epoch {record.epoch} of {record.epochs}"
+    return fit_pieces([(0, places), (0, f"loss {record.loss:.4f}"), (1, valid), (2, best), (4, rate), (3, left)], width)
 
 
 class RankWindow:
@@ -72,37 +146,70 @@ def name_straggler(entries: Sequence[Mapping[str, Any]], spent: Mapping[int, Map
 
 
 class LiveView:
-    """A `Progress` that rich draws, with a table of ranks below; told by one thread, drawn by rich's."""
+    """A `Progress` that rich draws, with a table of ranks below; told by one thread, drawn by rich's.
 
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"))
-        self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-        self._tasks, self._rates = dict[str, TaskID](), Rates()
-        self._window = RankWindow()
-        self._table: Table | None = None
+    At any width it shows names, bars, percentages and the time left; amounts, rates and other numbers where they fit.
+    Epochs go to `console`, above what is drawn.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stages, self._window = Stages(), RankWindow()
+        self._rows: list[tuple[str, ...]] = []
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         """See Progress."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, text="")
-        rate = format_amount(self._rates.rate(stage, done), unit)
-        text = f"{format_amount(done, unit)}  {rate}/s  {format_numbers(numbers)}"
-        self._bars.update(self._tasks[stage], completed=done, total=total, text=text)
+        self._stages.update(stage, done, total, unit, numbers)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Show the end of an epoch for good."""
+        self._console.print(epoch_line(record, self._console.width), highlight=False, markup=False)
 
     def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Show what every rank does."""
         spent = self._window.take(entries)
         found = name_straggler(entries, spent)
-        straggler = None if found is None else found.rank
-        table = Table(*_HEADINGS, box=None, padding=(0, 2, 0, 0))
+        rows: list[tuple[str, ...]] = []
         for entry in sorted(entries, key=lambda entry: int(entry["rank"])):
             rank = int(entry["rank"])
-            row = (str(rank), str(entry.get("host", "")), *_cells(entry), *_percents(spent[rank]), _hits(entry))
-            table.add_row(*row, "straggler" if rank == straggler else "", style="yellow" if rank == straggler else None)
-        self._table = table
+            is_late = found is not None and found.rank == rank
+            place = (str(rank), str(entry.get("host", "")))
+            rows.append((*place, *_cells(entry), *_percents(spent[rank]), _hits(entry), "straggler" if is_late else ""))
+        self._rows = rows
 
-    def __rich__(self) -> RenderableType:
-        return self._bars if self._table is None else Group(self._bars, self._table)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._bars(options.max_width)
+        if self._rows:
+            yield self._table(options.max_width)
+
+    def _bars(self, width: int) -> Table:
+        shown = dict(list(self._stages.known.items())[-_STAGES:])
+        table = Table.grid(padding=(0, 2, 0, 0))
+        names = max((len(name) for name in shown), default=0)
+        bar = max(8, min(_BAR, width - names - 52))
+        for _ in range(5):
+            table.add_column(no_wrap=True)
+        room = width - names - bar - len("100%") - len("0:00:00") - 8
+        for name, stage in shown.items():
+            left = "" if stage.left_s is None else format_left(stage.left_s)
+            share = stage.done / max(1, stage.total)
+            drawn = ProgressBar(total=max(1, stage.total), completed=stage.done, width=bar)
+            table.add_row(name, drawn, f"{share:4.0%}", f"{left:>7}", _details(stage, room))
+        return table
+
+    def _table(self, width: int) -> Table:
+        kept = fit_columns(_HEADINGS, self._rows, _RANKS, width, padding=2)
+        table = Table(*(_HEADINGS[n] for n in kept), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for row in self._rows:
+            table.add_row(*(row[n] for n in kept), style="yellow" if row[-1] else None)
+        return table
+
+
+def _details(stage: Stage, room: int) -> str:
+    rate = format_rate(stage.rate, stage.unit) if stage.rate > 0 else ""
+    numbers = [(n + 2, text) for n, text in enumerate(format_numbers(stage.numbers))]
+    pieces = [(1, format_amount(stage.done, stage.unit)), (2, rate), *numbers]
+    return fit_pieces(pieces, max(0, room))
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, str]:

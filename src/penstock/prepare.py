@@ -97,7 +97,7 @@ def train_epochs(run: Run) -> int:
 
 def sample_split(run: Run, split: Split) -> Trace:
     """Sample into `run/<split>/trace`."""
-    with _of_whole(_SAMPLE_MEMORY_SHARE * _share(run, "train")):
+    with _of_whole(_SAMPLE_MEMORY_SHARE * _share(run, "train")), run.timings.during("sample"):
         return sample_trace(
             run.graph,
             run.path / split / "trace",
@@ -108,7 +108,7 @@ def sample_split(run: Run, split: Split) -> Trace:
             deal=deal_of(run, split),
             host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
             threads=run.threads,
-            progress=run.progress,
+            progress=run.labelled(split),
         )
 
 
@@ -219,7 +219,7 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
     else:
         budgets = replace(run.budgets, device_bytes=0, host_bytes=run.evaluation_bytes)
     folder = run.path / split
-    with _of_whole(_share(run, split)):
+    with _of_whole(_share(run, split)), run.timings.during("plan"):
         plan = plan_packs(
             run.graph,
             trace,
@@ -227,7 +227,7 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
             budgets,
             disk_rates=run.disk_rates,
             scratch=folder / "plan",
-            progress=run.progress,
+            progress=run.labelled(split),
         )
     assert plan.summary is not None, "only the windows of a rolling producer have no summary"
     planned = {**asdict(plan.summary), "split": split, "largest_item": asdict(largest_item(trace))}
@@ -327,7 +327,9 @@ def pack_splits(run: Run, splits: Iterable[Split], plans: Mapping[Split, tuple[T
         if split in plans and plans[split][1].mode == "reuse":
             trace, plan = plans[split]
             host_bytes = run.budgets.host_bytes  # all of it: nothing is fed yet
-            write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=run.progress)
+            with run.timings.during("pack"):
+                show = run.labelled(split)
+                write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=show)
         for scratch in ("trace", "plan"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
         prepared[split] = Prepared(

@@ -179,9 +179,10 @@ class OwnPacks:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """The plan."""
+        """The plan, and the seconds of every step of preparing."""
         prepared = self._packs.get("train")
-        return {} if prepared is None else {"plan": asdict(prepared.summary)}
+        plan = {} if prepared is None else {"plan": asdict(prepared.summary)}
+        return {"prepared": dict(self._run.timings.spent), **plan}
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class ReplicaWorkers:
         watch: Observation,
         feeders: Directory | None,
     ) -> None:
-        self.times = {"compute": 0.0, "stall": 0.0, "reduce": 0.0}
+        self.times = {"stall": 0.0, "reduce": 0.0}
         self._run, self._backend, self._hosts, self._model = run, backend, hosts, model
         self._num, self._watch, self._feeders = len(hosts), watch, feeders
         self._item_s = 0.0  # seconds per item, of the last leg
@@ -116,7 +116,6 @@ class ReplicaWorkers:
         stall_s, reduce_s = (sum(getattr(leg, name) for leg in legs) / self._num for name in ("stall_s", "reduce_s"))
         self.times["stall"] += stall_s
         self.times["reduce"] += reduce_s
-        self.times["compute"] += max(0.0, wall_s - stall_s)
         self._watch.leg(stop, legs, self._hosts, self._waits)
         losses = sorted(found for leg in legs for found in leg.losses)
         return [(step, num_seeds, torch.tensor(loss)) for step, num_seeds, loss in losses]
@@ -196,7 +195,7 @@ class ReplicaWorkers:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicated:
     """What training on replicas came to; `identity` of the weights, `hosts` by replica, what `feeders` say, and the
-    `restarts` of all replicas."""
+    `restarts` of all replicas. `prepare_s` are the seconds of the run until the last start of training."""
 
     identity: Keys
     trained: TrainResult
@@ -206,6 +205,7 @@ class Replicated:
     hosts: Sequence[str]
     feeders: Sequence[Mapping[str, Any]]
     prepare_s: float
+    test_s: float
     restarts: int
 
 
@@ -253,10 +253,9 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
     with place.open_feeders() as feeders, place.open_backend(specs) as backend:
         hosts = place.hosts(backend, len(specs))
         workers = ReplicaWorkers(run, backend, hosts, model, watch, feeders)
-        began = time.perf_counter()
         items_per_epoch, mode = workers.prepare()
         identity = run.identity(**{"plan.mode": mode})
-        prepare_s = time.perf_counter() - began
+        prepare_s = run.timings.total_s
         loop = TrainLoop(
             config.train,
             workers,
@@ -272,7 +271,9 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
         watch.training_begins(evaluates=run.evaluates)
         trained = loop.run()
         workers.take_best()
+        began_s = run.timings.total_s
         final = workers.evaluate(run.labelled_splits) if run.evaluates else {}
+        test_s = run.timings.total_s - began_s
         model.load_state_dict(workers.weights())
         return Replicated(
             identity=identity,
@@ -283,6 +284,7 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
             hosts=hosts,
             feeders=[] if feeders is None else feeders.pool.status(),
             prepare_s=prepare_s,
+            test_s=test_s,
             restarts=restarts,
         )
 

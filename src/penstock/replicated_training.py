@@ -2,8 +2,7 @@
 
 import math
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,6 +23,7 @@ from penstock.replicated import Place, Replicated, train_replicas
 from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.storage.budget import num_threads
+from penstock.timings import timings_section
 
 
 class _Here:
@@ -73,6 +73,12 @@ def _open_place(run: Run) -> Iterator[Place]:
         yield place
 
 
+def _slowest_steps(reports: Sequence[ReplicaReport]) -> dict[str, float]:
+    """Seconds of the steps of preparing, of the replica that took longest."""
+    found = [report.facts.get("prepared", {}) for report in reports]
+    return dict(max(found, key=lambda steps: sum(steps.values()), default={}))
+
+
 def _rank_section(report: ReplicaReport, host: str) -> dict[str, Any]:
     value = {key: found for key, found in asdict(report).items() if key not in ("feed", "facts")}
     feed = report.feed
@@ -107,7 +113,7 @@ def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
 
 def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on replicas; returns the sections of `result.json`."""
-    began, config, meta = time.perf_counter(), run.config, run.graph.meta
+    config, meta = run.config, run.graph.meta
     for name in ("train", "valid", "test", "local/plan"):  # packs of this run without replicas would fill the disk
         shutil.rmtree(run.path / name, ignore_errors=True)
     opened: AbstractContextManager[Place] = _open_place(run)
@@ -131,14 +137,14 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         "identity": found.identity,
         "metrics": _metrics(run, found),
         "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
-        "timings": {
-            "prepare_s": found.prepare_s,
-            "total_s": time.perf_counter() - began,
-            "compute_s": trained.compute_s,
-            "stall_s": trained.stall_s,
-            "evaluate_s": trained.evaluate_s,
-            "checkpoint_s": trained.checkpoint_s,
-        },
+        "timings": timings_section(
+            total_s=run.timings.total_s,
+            prepare_s=found.prepare_s,
+            steps=_slowest_steps(reports),
+            train=trained.times,
+            test_s=found.test_s,
+        ),
+        "stalls": {"stall_s": trained.times["stall"], "reduce_s": trained.times["reduce"]},
         "throughput": {"items_per_s": trained.items_per_s, "seeds_per_s": trained.seeds_per_s},
         "bytes_read": sum(report.feed.bytes_read for report in reports if report.feed is not None),
         "resumed_from": trained.resumed_from,

@@ -56,6 +56,7 @@ def write_result(
         "status": status,
         "error": None if error is None else _describe(error),
         "metrics": metrics,
+        "epochs": epoch_records(path.parent / "metrics.jsonl"),
         "artefacts": {},
         "timings": {},
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -119,6 +120,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             logger.warning("%s, line %d is damaged and left out: %s", path, number + 1, error)
     return found
+
+
+def epoch_records(metrics: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says of whole epochs, one entry each: the last evaluation may have a line of its own."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(metrics):
+        epoch = line.get("epoch")
+        if isinstance(epoch, int) and ("train_loss" in line or epoch in found):
+            found[epoch] = found.get(epoch, {}) | line
+    return [value for _, value in sorted(found.items())]
 
 
 def draw_curves(metrics: Path, out: Path) -> None:

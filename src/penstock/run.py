@@ -19,12 +19,12 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ from penstock.storage.graph import GraphMeta, GraphStore, Split, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.progress import Progress, silent
 from penstock.storage.remote.hostlock import describe_owner, flocked
+from penstock.timings import Timings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ _DERIVED = (
     *("tensorboard", "tracking", "wandb"),
 )
 _MACHINE = "machine.json"
+_TRAINING = ("train", "epoch", "valid", "test", "refresh")  # stages within training, which ends itself
+Item = TypeVar("Item")
 _DERIVED_FILES = (
     *("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png"),
     "timeline.json",
@@ -79,6 +82,7 @@ class Run:
         self.process_bytes = process_bytes() if empty_bytes is None else empty_bytes
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
+        self.timings = Timings()
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
         self.budgets, self.disk_rates = _resolve_machine(config, graph, self.process_bytes)
@@ -93,8 +97,22 @@ class Run:
         Training itself is not ended here: the trainer writes a checkpoint first.
         """
         self._show(stage, done, total, unit, **numbers)
-        if stage not in ("train", "chunks") and self.stop_requested.is_set():
+        if stage not in _TRAINING and self.stop_requested.is_set():
             raise Stopped(f"stopped in step {stage!r}; run the same command again to continue")
+
+    def labelled(self, split: str) -> Progress:
+        """`progress` of a split: its stages are called after it, `sample valid`."""
+
+        def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+            self.progress(f"{stage} {split}", done, total, unit, **numbers)
+
+        return show
+
+    def batches(self, split: Split, feed: Iterable[Item], total: int) -> Iterator[Item]:
+        """Hand on what is scored of a split, and show how far it is."""
+        for done, batch in enumerate(feed, start=1):
+            yield batch
+            self.progress(split, done, total, "items")
 
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:

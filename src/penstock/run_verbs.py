@@ -23,6 +23,7 @@ from penstock.stopping import stop_on_signals
 from penstock.storage.budget import format_bytes, parse_memory
 from penstock.storage.graph import Split
 from penstock.storage.manifest import write_json
+from penstock.summary import result_rows
 from penstock.training import train
 
 
@@ -127,10 +128,8 @@ def run_train(
             progress=show,
             stop_requested=stop,
         )
-    metrics = result["metrics"]
-    rows = [(name.replace("_", " "), f"{metrics[name]:.4f}") for name in metrics if name.endswith("_accuracy")]
-    rows += [("result", str(config.run_dir / "result.json"))]
     status = "already done" if "already_done" in result else result["status"]
+    rows = [*result_rows(result), ("result", str(config.run_dir / "result.json"))]
     print_table(f"run {config.run_dir}: {status}", rows)
 
 

@@ -3,7 +3,6 @@
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +34,7 @@ from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import Split
 from penstock.storage.progress import Progress, silent
 from penstock.storage.spans import TRACE
+from penstock.timings import timings_section
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Evaluation:
 
     def __call__(self, model: nn.Module, splits: tuple[Split, ...]) -> dict[str, Metrics]:
         """Metrics by split."""
-        with TRACE.during("evaluate", " ".join(splits)):
+        with TRACE.during("evaluate", " and ".join(splits)):
             return self._score(model, splits)
 
     def _score(self, model: nn.Module, splits: tuple[Split, ...]) -> dict[str, Metrics]:
@@ -62,7 +62,7 @@ class Evaluation:
             host_memory=run.evaluation_bytes,
             threads=run.threads,
             device=run.config.train.device,
-            progress=run.progress,
+            progress=run.labelled(" and ".join(splits)),
         )
         return {split: metrics for split, metrics in found.items()}
 
@@ -77,7 +77,8 @@ class Evaluation:
             device=run.config.train.device,
             threads=run.threads,
         ) as feed:
-            return evaluate_feed(model, feed, run.graph.meta.num_classes)
+            batches = run.batches(split, feed, prepared.summary.num_items)
+            return evaluate_feed(model, batches, run.graph.meta.num_classes)
 
 
 def _run_trainer(
@@ -115,7 +116,7 @@ def _metrics(run: Run, trained: TrainResult, final: Mapping[str, Metrics]) -> di
     }
 
 
-def _movement(feed: TrainFeed) -> dict[str, Any]:
+def _movement(feed: TrainFeed, stall_s: float) -> dict[str, Any]:
     """What was read, from where, and what the trainer waited for; of this process, not of those it continued."""
     stats = feed.stats()
     if stats is None:
@@ -127,7 +128,7 @@ def _movement(feed: TrainFeed) -> dict[str, Any]:
         "bytes_read": stats.bytes_read,
         "read_amplification": stats.bytes_read / useful if useful else None,
         "hit_rates": stats.hit_rates,
-        "stalls": {"stall_s": stats.stall_s, "read_s": stats.read_s, "assemble_s": stats.assemble_s},
+        "stalls": {"stall_s": stall_s, "read_s": stats.read_s, "assemble_s": stats.assemble_s},
         "plan": None if summary is None else asdict(summary),
         "memory": None if feed.prepared is None else feed.prepared.memory,
         "row_error": None if error is None else asdict(error),
@@ -139,17 +140,19 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
         chunked = run.config.mode == "chunked"
         sections = (train_chunked if chunked else train_replicated)(run, watch)
         return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
-    started = time.perf_counter()
     shutil.rmtree(run.config.work_dir, ignore_errors=True)  # packs of this run with replicas would fill the disk
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))
     evaluation, model = Evaluation(run, packs), make_model(run)
     feed = open_train_feed(run, packs.get("train"))
     identity = run.identity(**({} if in_memory else {"plan.mode": packs["train"].summary.mode}))
-    prepare_s = time.perf_counter() - started
+    prepare_s, steps = run.timings.total_s, dict(run.timings.spent)
     trained = _run_trainer(run, feed, evaluation, model, identity, watch)
-    train_s = time.perf_counter() - started - prepare_s
+    began_s = run.timings.total_s
     final = evaluation(model, run.labelled_splits) if run.evaluates else {}
+    test_s = run.timings.total_s - began_s
+    around_s = began_s - prepare_s - sum(trained.times.values())
+    times = {**trained.times, "start": trained.times["start"] + around_s}
     meta, config = run.graph.meta, run.config
     save_model(
         run.path / "model",
@@ -172,18 +175,12 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
         metrics=_metrics(run, trained, final),
         copy=result_json,
         artefacts={name: str((run.path / name).resolve()) for name in artefacts},
-        timings={
-            "prepare_s": prepare_s,
-            "train_s": train_s,
-            "total_s": time.perf_counter() - started,
-            "compute_s": trained.compute_s,
-            "stall_s": trained.stall_s,
-            "evaluate_s": trained.evaluate_s,
-            "checkpoint_s": trained.checkpoint_s,
-        },
+        timings=timings_section(
+            total_s=run.timings.total_s, prepare_s=prepare_s, steps=steps, train=times, test_s=test_s
+        ),
         throughput={"items_per_s": trained.items_per_s, "seeds_per_s": trained.seeds_per_s},
         resumed_from=trained.resumed_from,
-        **_movement(feed),
+        **_movement(feed, trained.times["stall"]),
     )
 
 

@@ -200,11 +200,31 @@ def test_learns_and_reports(tiny_graph: GraphStore, traces: dict[Split, Trace], 
     found = job.run(progress=record)
     assert found.losses[-1] < 0.8 * found.losses[0]
     assert found.best["valid"]["accuracy"] == max(e["valid"]["accuracy"] for e in found.evaluations) > 0.4
-    assert [done for done, _ in seen] == list(range(3, 151, 3))
+    logged, ends = set(range(3, 151, 3)), set(range(5, 151, 5))
+    assert [done for done, _ in seen] == sorted([*logged, *ends]), "where both are due, both are told"
     epochs = [line for line in job.lines() if "valid_accuracy" in line]
     assert [line["epoch"] for line in epochs] == list(range(1, 31))
     assert [line["train_loss"] for line in epochs] == list(found.losses)
-    assert found.compute_s > 0 and found.items_per_s > 0 and found.seeds_per_s > found.items_per_s
+    assert found.times["compute"] > 0 and found.items_per_s > 0 and found.seeds_per_s > found.items_per_s
+    assert set(found.times) == {"start", "compute", "stall", "reduce", "evaluate", "checkpoint", "record"}
+
+
+def test_the_rate_of_a_record_is_that_of_its_epoch(
+    tiny_graph: GraphStore, traces: dict[Split, Trace], tmp_path: Path
+) -> None:
+    job = Job(tiny_graph, traces, tmp_path, epochs=3, log_every=1)
+    shown: list[float] = []
+
+    def record(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        shown.append(numbers["items_per_s"])
+
+    found = job.run(progress=record)
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["items_per_s"] for line in lines] == shown
+    by_step = {(line["step"], line["items_per_s"]) for line in lines}
+    assert len(by_step) == 15, "the step and the epoch that end together have one rate"
+    ends = [line["items_per_s"] for line in lines if "train_loss" in line]
+    assert found.items_per_s == pytest.approx(15 / sum(5 / rate for rate in ends))
 
 
 def test_epoch_loss_does_not_depend_on_logging(

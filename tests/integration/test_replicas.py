@@ -67,7 +67,7 @@ class Outcome:
 
 def outcome(result: dict[str, Any], run: Path) -> Outcome:
     """Sums over the nodes of a split depend on their order, so losses of evaluations differ by rounding."""
-    free = ("items_per_s", "epoch_items_per_s", "valid_loss", "test_loss", "host_memory_bytes")
+    free = ("items_per_s", "valid_loss", "test_loss", "host_memory_bytes")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return Outcome(
         metrics={key: value for key, value in result["metrics"].items() if key not in free},

@@ -166,7 +166,7 @@ def test_legs_of_replicas_become_entries(tmp_path: Path) -> None:
         Leg(losses=((1, 8, 1.0), (3, 8, 0.5)), compute_s=3.0, stall_s=0.5, reduce_s=0.5, **feed),
     ]
     config = load_config(None, (), {"dataset": str(tmp_path / "graph"), "run_dir": str(tmp_path / "run")})
-    with observed(config, Show()) as watch:
+    with observed(config, Show(Console())) as watch:
         watch.leg(4, legs, ["a", "b"], {"checkpoint": 0.5})
         watch.leg(8, legs, ["a", "b"], {"checkpoint": 0.75})
     first, second = seen[-1]
@@ -188,7 +188,7 @@ def test_legs_of_replicas_become_entries(tmp_path: Path) -> None:
 
 def test_a_terminal_shows_bars_and_ranks() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
-    view = LiveView()
+    view = LiveView(console)
     view("train", 30, 120, "items", loss=1.25)
     console.print(view)
     assert "rank" not in console.export_text(clear=True)

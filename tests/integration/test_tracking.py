@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_files import events, scalars
 
 from penstock.config import load_config
 from penstock.engine.metrics import MetricsWriter
@@ -124,34 +125,6 @@ def test_a_ledger_knows_what_was_sent(tmp_path: Path) -> None:
     assert again.fresh(11, {"loss": 1.0}) == {"loss": 1.0}
     other = Ledger(tmp_path / "tracking" / "x.json", "other")
     assert other.run_id == "other" and other.fresh(10, {"loss": 1.0}) == {"loss": 1.0}
-
-
-def events(folder: Path) -> list[Any]:
-    """Events of all files in the order in which TensorBoard reads them."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(folder.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):  # TFRecord: length, its checksum, payload, its checksum
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event()
-            event.ParseFromString(data[at + 12 : at + 12 + size])
-            found.append(event)
-            at += 16 + size
-    return found
-
-
-def scalars(found: Sequence[Any]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: a session that starts at a step hides what came before at that step or later."""
-    shown: dict[str, list[tuple[int, float]]] = {}
-    for event in found:
-        if event.WhichOneof("what") == "session_log":
-            shown = {tag: [point for point in points if point[0] < event.step] for tag, points in shown.items()}
-        for value in event.summary.value:
-            if value.WhichOneof("value") == "simple_value":
-                shown.setdefault(value.tag, []).append((event.step, round(value.simple_value, 6)))
-    return shown
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
