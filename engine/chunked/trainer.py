@@ -31,7 +31,7 @@ from penstock.engine.chunked.planning import plan_replicas
 from penstock.engine.chunked.schedule import EpochPlan, plan_exact
 from penstock.engine.chunked.spec import ExactReport, RankReport, RankSpec
 from penstock.engine.chunked.state import ChunkedResult, ChunkedState
-from penstock.engine.chunked.telemetry import epoch_record
+from penstock.engine.chunked.telemetry import divide_epoch, epoch_record
 from penstock.engine.chunked.validate import validate_plan
 from penstock.engine.metrics import Counts, Listener, Metrics, MetricsWriter
 from penstock.engine.optim import learning_rate
@@ -236,7 +236,8 @@ class ChunkedTrainer:
         self._board.reset()
         self._reports = self._call("train_epoch", [(own, rates) for own in self._own_lists(plans)])
         self._epoch_s.append(time.perf_counter() - began)
-        self._count_waits(self._epoch_s[-1])
+        for name, seconds in divide_epoch(self._reports, self._epoch_s[-1]).items():
+            self._times[name] += seconds
         TRACE.add("epoch", f"epoch {epoch}", began, began + self._epoch_s[-1])
         if self._observe is not None:
             self._observe(epoch, self._reports, began_s)
@@ -247,14 +248,6 @@ class ChunkedTrainer:
             raise ValueError(f"the loss is {loss} in epoch {epoch}; lower lr={self.train.lr}, or set grad_clip")
         self.state.losses.append(loss)
         self._end_epoch(epoch + 1, loss)
-
-    def _count_waits(self, epoch_s: float) -> None:
-        """Divide the seconds of an epoch among computing and waiting, of ranks in the mean."""
-        stall_s = float(np.mean([report.history_stall_s for report in self._reports]))
-        wait_s = float(np.mean([report.wait_s for report in self._reports]))
-        self._times["stall"] += stall_s
-        self._times["reduce"] += wait_s
-        self._times["compute"] += max(0.0, epoch_s - stall_s - wait_s)
 
     def _end_epoch(self, epochs: int, loss: float) -> None:
         """Evaluate, refresh and save what is due after `epochs` epochs."""
@@ -272,13 +265,11 @@ class ChunkedTrainer:
         record = epoch_record(self._reports, self._meta, self.layout, self._epoch_s[-1])
         values = {key: value for split, m in found.items() for key, value in m.to_json(f"{split}_").items()}
         values |= state.best_so_far(train.metric)
-        values["items_per_s"] = self._num_chunks * self.layout.replicas / max(1e-9, self._epoch_s[-1])
         errors = (
             {f"history_error_{layer}": value for layer, value in self._errors.items()} if found or refreshes else {}
         )
         self._metrics.write({"step": epochs, "epoch": epochs, "train_loss": loss, **values, **errors, **record})
-        rate = 1 / max(1e-9, self._epoch_s[-1])
-        self._progress("train", epochs, train.epochs, "epochs", epochs_per_s=rate, loss=loss)
+        self._progress("train", epochs, train.epochs, "epochs", epochs_per_s=1 / record["epoch_s"], loss=loss)
         self._save_if_due()
 
     def _is_due(self, epochs: int) -> bool:
