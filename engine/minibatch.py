@@ -5,7 +5,7 @@ Letters: B seeds, M input nodes, E edges of a block, F features, C classes of a 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MiniBatch:
-    """One item with its features. From a feed, its tensors are views of reused buffers: valid until the next `next()`.
+    """One item with its features. From a feed, its tensors are views of reused buffers: valid until the next `next()`,
+    or the feed's end; asked for later, they raise RuntimeError. `clone()` makes a batch that lasts.
 
     `input_ids` int32 or int64 [M], the seeds first; `labels` int64 [B] (-1 unknown) or float32 [B, C];
     `blocks[0]` is the input side; `features` float32 [M, F], row n of node `input_ids[n]`.
@@ -101,6 +102,22 @@ class MiniBatch:
         """Copy every tensor, so that the batch outlives the feed's next step."""
         return replace(_map_tensors(self, torch.clone), blocks=tuple(block.clone() for block in self.blocks))
 
+    def expire(self) -> None:
+        """Forget all tensors: their memory is about to be another batch's."""
+        for name in _HELD:
+            object.__delattr__(self, name)
+
+    if not TYPE_CHECKING:  # a checker that sees it takes any name for one of ours
+
+        def __getattr__(self, name: str) -> Any:
+            """Called for what `expire` took."""
+            if name not in _HELD:
+                raise AttributeError(f"a MiniBatch has no attribute {name!r}")
+            raise RuntimeError(
+                f"the feed has taken back {name} of step {self.step}: a batch is valid until the next one is asked for "
+                "or the feed is closed; use batch.clone() to keep it longer"
+            )
+
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that a stream reads all tensors: else their memory is reused before it has."""
         _map_tensors(self, lambda tensor: _record(tensor, stream))
@@ -114,6 +131,9 @@ class MiniBatch:
     def to_pyg(self) -> Any:
         """As PyG's `NeighborLoader` yields it; see `adapters.to_pyg`."""
         return to_pyg(self)
+
+
+_HELD = ("input_ids", "labels", "blocks", "features")
 
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -138,7 +138,8 @@ class Pipeline:
 class Feed:
     """An iterator of mini-batches from `start_step` to `stop_step`, and a context manager; used by one thread.
 
-    Threads start with the first batch. A batch is valid until the next `next()`; clone what must live longer.
+    Threads start with the first batch. A batch is valid until the next `next()`, and says so where it is used later;
+    `clone()` what must live longer.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Feed:
         self._buffers: list[BatchBuffer] = []
         self._pipeline: Pipeline | None = None
         self._stopper: Any = None
-        self._held: BatchBuffer | None = None
+        self._held: Ready | None = None
         self._items, self._stall_s, self.device_s = 0, 0.0, 0.0
         self._past: list[Counters] = []
         self._closed = False
@@ -190,7 +191,7 @@ class Feed:
         except BaseException:
             self.close()  # the error's traceback holds this feed, and so would keep the threads from stopping
             raise
-        self._held = ready.buffer
+        self._held = ready
         if ready.event is not None:
             stream = torch.cuda.current_stream(ready.batch.features.device)
             stream.wait_event(ready.event)
@@ -205,7 +206,8 @@ class Feed:
 
     def _give_back(self) -> None:
         if self._held is not None and self._pipeline is not None:
-            self._pipeline.give_back(self._held)
+            self._held.batch.expire()
+            self._pipeline.give_back(self._held.buffer)
             self._held = None
             if self._auto_release:
                 self.release(self._step)
@@ -226,7 +228,8 @@ class Feed:
     def _stop_threads(self) -> None:
         if self._pipeline is not None:
             if self._held is not None:
-                self._held.mark_consumed()  # a feed that goes on elsewhere fills it again
+                self._held.batch.expire()
+                self._held.buffer.mark_consumed()  # a feed that goes on elsewhere fills it again
             self._stopper()
             self._past.append(self._pipeline.source.counters)
             self._pipeline = self._held = None

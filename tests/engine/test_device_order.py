@@ -112,7 +112,8 @@ def test_a_feed_that_goes_on_elsewhere_waits_for_what_is_under_way(
     with_events(log, monkeypatch)
     with open_memory_feed(tiny_graph, tiny_trace, start_step=0, stop_step=6) as batches:
         next(batches)
-        held = f"consumed {id(batches._held)}"
+        assert batches._held is not None
+        held = f"consumed {id(batches._held.buffer)}"
         del log[:]
         batches.load_state_dict({"step": 0})
         assert [entry for entry in log if entry[0] == "synchronize" and entry[1].startswith("copies")]

@@ -124,7 +124,12 @@ def test_a_batch_is_valid_until_the_next_and_a_clone_longer(
         copy = first.clone()
         for batch in feed:
             last = content(batch)
-    assert content(copy) == expected[0] and last == expected[-1]
+            with pytest.raises(RuntimeError, match=r"taken back features of step 0: .*use batch.clone\(\)"):
+                _ = first.features
+    with pytest.raises(RuntimeError, match="taken back blocks"):
+        _ = batch.blocks  # the feed is closed
+    assert content(copy) == expected[0] and last == expected[-1] and first.step == 0
+    assert not hasattr(copy, "no_such_thing")
 
 
 def test_buffers_are_reused(tiny_graph: GraphStore, tiny_trace: Trace, write_hand_packs: Pack, tmp_path: Path) -> None:
