@@ -48,14 +48,17 @@ def _level_slack(config: PartitionConfig) -> float:
     return config.slack if config.parts == 1 else float(np.sqrt(1 + config.slack) - 1)
 
 
+def require_filled(graph: GraphStore, parts: int, chunks: int) -> None:
+    """ValueError where there are fewer nodes than pieces."""
+    if graph.num_nodes < parts * chunks:
+        raise ValueError(f"{graph.num_nodes} nodes cannot fill {parts} parts x {chunks} chunks; use fewer of either")
+
+
 def partition_by(
     graph: GraphStore, config: PartitionConfig, split: Split, num_bytes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Split all nodes into parts, then each part into chunks, repairing balance after each; no piece stays empty."""
-    if graph.num_nodes < config.parts * config.chunks:
-        raise ValueError(
-            f"{graph.num_nodes} nodes cannot fill {config.parts} parts x {config.chunks} chunks; use fewer chunks"
-        )
+    require_filled(graph, config.parts, config.chunks)
     slack = _level_slack(config)
     labels = np.zeros(graph.num_nodes, np.int32)
     levels = []

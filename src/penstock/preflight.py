@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is written: labels, splits, the device, the model on a tiny block."""
+"""What can be found wrong before anything is written: labels, splits, shares, the device, the model on a tiny block."""
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from penstock.engine.contract import check_model
 from penstock.engine.layered import check_chunkable
 from penstock.engine.models import build_model, needs_degrees
 from penstock.engine.trainer import check_device, seed_step
+from penstock.sampler.chunking.partition import require_filled
+from penstock.sampler.neighbors import count_items
+from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError
 from penstock.storage.graph import UNKNOWN_FLAG, GraphStore, Split
 
@@ -30,6 +33,7 @@ def check(config: RunConfig, graph: GraphStore) -> None:
     _check_folder(config, graph)
     _check_data(config, graph)
     _check_edge_weights(config, graph)
+    _check_shares(config, graph)
     places_itself = config.cluster.address is not None or config.chunked.backend == "ray"
     if not places_itself:
         check_device(config.train)
@@ -77,6 +81,18 @@ def _check_edge_weights(config: RunConfig, graph: GraphStore) -> None:
         raise ValueError(
             f"{' and '.join(wanted)} on, but {graph.path} has no edge weights; ingest them, or turn it off"
         )
+
+
+def _check_shares(config: RunConfig, graph: GraphStore) -> None:
+    """Nobody may be left without work: each replica has items, each chunk nodes."""
+    if config.mode == "chunked":
+        chunked = config.chunked
+        is_open = chunked.devices is not None and (chunked.stages, chunked.parts) == (1, 1)
+        parts = chunked.devices if is_open else chunked.parts  # all splits of the devices are tried
+        require_filled(graph, parts or 1, chunked.chunks)
+        return
+    replicas, items = config.cluster.replicas, count_items(graph, "train", config.sampler.batch_size)
+    Deal(replicas=replicas, rank=replicas - 1, group_items=config.train.accumulate, epoch_items=items)
 
 
 def _check_data(config: RunConfig, graph: GraphStore) -> None:

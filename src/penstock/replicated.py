@@ -25,7 +25,7 @@ from penstock.engine.trainloop import ItemLoss, Tensors, TrainLoop
 from penstock.engine.trainstate import Stopped, TrainResult
 from penstock.identity import Keys
 from penstock.observation import Observation
-from penstock.prepare import deal_items, sample_config
+from penstock.prepare import sample_config
 from penstock.replica import Leg, ReplicaReport, ReplicaSpec
 from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
@@ -292,12 +292,9 @@ def _attempt(run: Run, place: Place, specs: Sequence[ReplicaSpec], watch: Observ
 def train_replicas(run: Run, place: Place, watch: Observation) -> Replicated:
     """Train on replicas; they start anew from the newest checkpoint when one is lost.
 
-    RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop;
-    ValueError, before anything starts, where there are fewer items than replicas can share.
+    RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop.
     """
     specs = replica_specs(run, place.threads, place.replicas_per_gpu)
-    num_items = count_items(run.graph, "train", run.config.sampler.batch_size)
-    deal_items(run.config, "train", len(specs) - 1, len(specs), num_items)
 
     def tell(number: int, error: BaseException) -> None:
         watch.restarted(number)

@@ -172,6 +172,9 @@ def test_memory_in_which_the_features_cannot_be_packed_is_named_with_what_does(g
     ("flags", "labels", "train_ids", "message"),
     [
         ({"chunked.stages": 4}, [0, 1] * 20, range(40), "stages=4 cannot share 3 units"),
+        ({"chunked.chunks": 41}, [0, 1] * 20, range(40), "40 nodes cannot fill 1 parts x 41 chunks; use fewer"),
+        ({"chunked.parts": 21}, [0, 1] * 20, range(40), "40 nodes cannot fill 21 parts x 2 chunks; use fewer"),
+        ({"chunked.devices": 21}, [0, 1] * 20, range(40), "40 nodes cannot fill 21 parts x 2 chunks; use fewer"),
         ({}, [0, 1] * 20, [], "has no train nodes"),
         ({}, [-1, 1] * 20, range(0, 40, 2), "has no label on any train node"),
     ],

@@ -200,7 +200,7 @@ def test_auto_takes_metis_where_it_can(
 
 def test_more_pieces_than_nodes_are_refused(tiny_graph: GraphStore) -> None:
     config = PartitionConfig(parts=4, chunks=101, method="random")
-    with pytest.raises(ValueError, match="400 nodes cannot fill 4 parts x 101 chunks; use fewer chunks"):
+    with pytest.raises(ValueError, match="400 nodes cannot fill 4 parts x 101 chunks; use fewer of either"):
         partition(tiny_graph, config, host_memory=GIB, threads=1)
     parts, chunks, _ = partition(tiny_graph, config.model_copy(update={"chunks": 100}), host_memory=GIB, threads=1)
     assert (np.bincount(parts * 100 + chunks) == 1).all()
