@@ -92,13 +92,14 @@ def open_memory_feed(
     """Open an iterator of the mini-batches of steps start_step <= s < stop_step; also a context manager.
 
     Step s is item s % num_items. Features go through `row_dtype` (None: as stored), so that batches equal those of
-    packs of that dtype. Takes memory for the whole table. FormatError where the trace is of another graph.
+    packs of that dtype. Takes memory for the whole table. FormatError where the trace is of another graph, or of a
+    release that sampled less (see `Trace.indexes`).
     """
     if trace.meta.graph != graph.fingerprint:
         raise FormatError(f"{trace.path} was sampled from another graph than {graph.path}; sample again")
     row_format = RowFormat(dtype=row_dtype or graph.meta.feature_dtype, width=graph.meta.num_features)
     where, count = torch.device(device), num_threads() if threads is None else threads
-    max_inputs = max((max(window.index.num_inputs) for window in trace.windows()), default=0)
+    max_inputs = max((max(index.num_inputs) for index in trace.indexes()), default=0)
     table = load_features(graph, row_format)
 
     def open_source(steps: range) -> MemorySource:

@@ -10,18 +10,23 @@ from pydantic import ValidationError
 from torch import nn
 
 from penstock.engine.checkpoint import pack_tensors, read_tensors
+from penstock.engine.deep_models import DAGNN, GCNIIConv
+from penstock.engine.layers import GCNConv
 from penstock.engine.models import ModelConfig, build_model
 from penstock.engine.outputs import Outputs
-from penstock.storage.errors import FormatError
+from penstock.engine.topology import count_self_loops
+from penstock.storage.errors import DataError, FormatError
+from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import checksum_file, read_json, write_atomic, write_json
 
 FORMAT = "penstock/model"
 VERSION = 1
+_NORMALISED = (GCNConv, GCNIIConv, DAGNN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """A model and what is needed to feed it."""
+    """A model and what is needed to feed it; `is_earlier` where a release saved it that did not say what outputs mean."""
 
     model: nn.Module
     config: ModelConfig
@@ -30,6 +35,20 @@ class TrainedModel:
     fanouts: tuple[int, ...]
     outputs: dict[str, Any] | None
     extra: dict[str, Any]
+    is_earlier: bool = False
+
+    def check_graph(self, graph: GraphStore) -> None:
+        """DataError where the model was trained as another function on a graph like this.
+
+        Earlier releases gave a node that has an edge from itself a second one in GCN, GCNII, ResGCN+ and DAGNN.
+        """
+        if not self.is_earlier or not any(isinstance(module, _NORMALISED) for module in self.model.modules()):
+            return
+        if count_self_loops(graph) is not None:
+            raise DataError(
+                f"an earlier release trained this model, and counted edges from a node to itself twice, which "
+                f"{graph.path} has; train again (penstock train --force), or use the release that trained it"
+            )
 
 
 def save_model(
@@ -90,4 +109,5 @@ def load_model(folder: Path) -> TrainedModel:
         fanouts=tuple(value["fanouts"]),
         outputs=value.get("outputs"),
         extra=value["extra"],
+        is_earlier="outputs" not in value,
     )

@@ -14,7 +14,6 @@ from penstock.storage.trace import (
     Trace,
     WindowIndex,
     read_input_ids,
-    read_window_index,
     verify_whole_window,
     window_name,
     withdraw_window,
@@ -99,5 +98,5 @@ def _sums(found: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def open_accesses(trace: Trace) -> Accesses:
-    """The accesses of a whole published trace."""
-    return Accesses(trace.path, [read_window_index(trace.path, n) for n in range(trace.meta.num_windows)])
+    """The accesses of a whole published trace; see `Trace.indexes`."""
+    return Accesses(trace.path, trace.indexes())

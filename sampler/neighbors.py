@@ -23,6 +23,7 @@ from penstock.storage.trace import (
     WindowIndex,
     has_window,
     is_complete,
+    is_current,
     open_trace,
     publish_trace,
     read_window_index,
@@ -163,8 +164,8 @@ def sample_window(
     threads: int,
 ) -> WindowIndex:
     """Sample one window into `out`, or read its index if it is finished. DoesNotFit where the disk is full."""
-    if has_window(out, window):
-        return read_window_index(out, window)
+    if has_window(out, window) and is_current(found := read_window_index(out, window), meta):
+        return found
     out.mkdir(parents=True, exist_ok=True)
     sample = sample_hopwise if choose_mode(graph, config, host_memory) == "hop" else sample_itemwise
     first, stop = meta.window_range(window)

@@ -61,7 +61,7 @@ MAGIC = 0x54584554_4B4E4550
 _HEAD_WORDS = 24
 PackMode = Literal["reuse", "rolling"]
 WINDOW_FILES = ("json", "pack", "residents.npy", "pages.npy", "wrap.npy")  # the index goes first when they go
-_AGAIN = "run the same command again: it packs anew"
+_AGAIN = "run the command that packs (penstock train or pack) again: it packs anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -324,6 +324,14 @@ def has_window(folder: Path, window: int) -> bool:
     return True
 
 
+def is_current(index: WindowIndex, meta: TraceMeta) -> bool:
+    """Whether a window says all that layers take from items today.
+
+    Those of version 1 know neither the self-loops that go along with degrees nor what a draw by weight counts.
+    """
+    return bool(index.payload_xxh3) or not (meta.degrees or meta.weighted)
+
+
 class TraceWindow:
     """A finished window of a trace, memory-mapped. Payloads are verified when they are asked for."""
 
@@ -374,6 +382,17 @@ class Trace:
         """Open one window."""
         return TraceWindow(self.path, read_window_index(self.path, window))
 
+    def indexes(self) -> list[WindowIndex]:
+        """The indexes of all windows; FormatError where an earlier release sampled less than items are used for now."""
+        found = [read_window_index(self.path, window) for window in range(self.meta.num_windows)]
+        if not all(is_current(index, self.meta) for index in found):
+            lacks = "what each draw by weight counts" if self.meta.weighted else "the self-loops that degrees leave out"
+            raise FormatError(
+                f"{self.path} was sampled by an earlier release, and its items do not say {lacks}; sample it again, "
+                "with sample_trace into the same folder"
+            )
+        return found
+
     def windows(self) -> Iterator[TraceWindow]:
         """Open the windows one after the other."""
         return (self.window(n) for n in range(self.meta.num_windows))
@@ -390,7 +409,7 @@ def publish_trace(path: Path, meta: TraceMeta) -> Trace:
 
 
 def is_complete(folder: Path, meta: TraceMeta) -> bool:
-    """Whether the trace is published and all of its windows are there."""
+    """Whether the trace is published and all of its windows are there, with all that this release writes of them."""
     if not is_published(folder):
         return False
     try:
@@ -398,7 +417,8 @@ def is_complete(folder: Path, meta: TraceMeta) -> bool:
     except FormatError as error:
         logger.warning("a trace is published anew: %s", error)
         return False
-    return all(has_window(folder, window) for window in range(meta.num_windows))
+    windows = range(meta.num_windows)
+    return all(has_window(folder, n) and is_current(read_window_index(folder, n), meta) for n in windows)
 
 
 def open_trace(path: Path | str) -> Trace:

@@ -41,7 +41,8 @@ def infer(
     Layer tables are kept in a folder of this call in `run_dir/exact` until the file is there; the same command
     continues a killed one, with the same host memory. Predictions are labels as the graph of the training had them.
     DataError where the run has no model, or its graph was replaced and no `dataset` is given, or the graph has other
-    features than the model was trained on, or features normalised otherwise.
+    features than the model was trained on, or features normalised otherwise, or an earlier release trained the model as
+    a function that this one does not compute.
     """
     require_parquet_name(out)
     run_dir, _ = local_run(run_dir, stage_dir)
@@ -66,6 +67,7 @@ def infer(
             f"{graph.path} has {graph.meta.num_features} features per node, the model wants {trained.num_features}; "
             "give the dataset that it was trained on"
         )
+    trained.check_graph(graph)
     outputs = Outputs.from_json(trained.outputs, graph)
     outputs.check_features(graph)
     if trained.config.edge_weights and not graph.meta.has_edge_weights:

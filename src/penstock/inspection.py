@@ -11,7 +11,7 @@ from penstock.locations import local_dataset, local_run, seal_dataset
 from penstock.report import read_config
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
-from penstock.storage.errors import DataError
+from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import SPLITS, open_graph
 from penstock.storage.manifest import MANIFEST, no_folder, read_json
 from penstock.storage.pack import open_packset
@@ -117,7 +117,11 @@ def describe_run(path: Path, *, validate: bool) -> Description:
 
 
 def _windows(packs: Path) -> str:
-    return f"{len(list(packs.glob('window-*.json')))} of {open_packset(packs).num_windows} windows"
+    try:
+        meta = open_packset(packs)
+    except FormatError as error:
+        return str(error)
+    return f"{len(list(packs.glob('window-*.json')))} of {meta.num_windows} windows"
 
 
 def describe(path: Path, *, validate: bool = False) -> Description:
