@@ -26,7 +26,7 @@ _NORMALISED = (GCNConv, GCNIIConv, DAGNN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """A model and what is needed to feed it; `is_earlier` where a release saved it that did not say what outputs mean."""
+    """A model and what is needed to feed it; `is_earlier` where it was saved without saying what its outputs mean."""
 
     model: nn.Module
     config: ModelConfig

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_what_items_lack_is_sampled_anew(
     graph: GraphStore,
     tmp_path: Path,
     folder_bytes: Callable[[Path], dict[str, bytes]],
-    options: dict[str, bool],
+    options: dict[str, Any],
     lacks: str,
     is_published: bool,
 ) -> None:
