@@ -332,7 +332,7 @@ class TrainLoop:
             state.finished = state.stopped_early = self._has_waited_enough()
         self.workers.restore(checkpoint.tensors, checkpoint.state["scaler"])
         self._resumed_from, self._saved = self.state.step, (self.state.step, self.state.epochs_done)
-        logger.info("continuing %s at step %d", checkpoint.path, self.state.step)
+        logger.info("resumed from %s: step %d of %d", checkpoint.path, self.state.step, self.total_steps)
 
     def _result(self, total_s: float) -> TrainResult:
         state, throughput = self.state, self._throughput

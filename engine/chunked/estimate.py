@@ -203,6 +203,7 @@ HEADINGS = (
     "activations",
     "fits",
 )
+RANKS = (0, 0, 0, 1, 0, 3, 4, 5, 1, 6, 7, 0)  # what a heading matters: those of high ranks go first where room is short
 
 
 def estimate_rows(choices: Sequence[Choice]) -> list[tuple[str, ...]]:

@@ -89,8 +89,7 @@ class ChunkedTrainer:
         self._identity = {"chunks": asdict(store.meta), **(identity or {})}
         self._stop, self._progress = stop_requested or threading.Event(), progress
         self.state = ChunkedState()
-        self._board = open_board(specs)
-        self._stage = "epoch"  # what ranks are at
+        self._board, self._stage = open_board(specs), "epoch"
         self._errors: dict[int, float] = {}
         self._epoch_s: list[float] = []
         self._times = dict.fromkeys(("start", "compute", "stall", "reduce", "evaluate", "checkpoint"), 0.0)
@@ -144,6 +143,7 @@ class ChunkedTrainer:
                     f"{found.path} has {self.state.epochs_done} epochs behind it, epochs={self.train.epochs} asks for "
                     "fewer; ask for more, or train from the start"
                 )
+            logger.info("resumed from %s: epoch %d of %d", found.path, self.state.epochs_done, self.train.epochs)
             self.state.stopped_early = self.state.epochs_done < self.train.epochs and self._has_waited_enough()
         self._saved = (self.state.epochs_done, time.monotonic())
         return found

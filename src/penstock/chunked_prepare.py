@@ -5,6 +5,7 @@ topology come first, the rest is shared out among the ranks, for what they keep 
 does not fit goes to disk.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.manifest import is_published, read_json, write_json
 from penstock.storage.pack import feed_memory, is_complete, open_packset
 
+logger = logging.getLogger(__name__)
+
 _CHOICE = "chunked.json"
 
 
@@ -73,12 +76,13 @@ def cut_graph(run: Run, parts: int) -> ChunkStore:
     if (store := _open_cut(folder)) is not None:
         method = store.meta.method if config.partition == "auto" else config.partition
         if (store.meta.graph, store.meta.method, store.meta.seed) == (run.graph.fingerprint, method, asked.seed):
+            logger.info("reused %s: the graph is cut already", folder)
             return store
         shutil.rmtree(folder)
     if config.partition == "auto" and run.trained is not None:  # who cut it then, although now another might
         asked = asked.model_copy(update={"method": run.trained.keys["chunked.partition"]})
     with run.timings.during("cut"):
-        return write_chunks(
+        store = write_chunks(
             run.graph,
             folder,
             asked,
@@ -86,6 +90,8 @@ def cut_graph(run: Run, parts: int) -> ChunkStore:
             threads=run.threads,
             progress=run.progress,
         )
+    logger.info("cut the graph with %s: %d parts of %d chunks", store.meta.method, parts, store.meta.num_chunks)
+    return store
 
 
 def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
@@ -156,6 +162,7 @@ def _pack(
         still_good=lambda: _still_fits(packs, host_bytes, disk_bytes),
     )
     if is_complete(packs):
+        logger.info("reused %s: it is packed already", packs)
         return packs
     half = run.budgets.host_bytes // 2
     with _of_whole(run, half), run.timings.during("sample"):
@@ -187,6 +194,7 @@ def _pack(
         write_packs(planned, run.graph, trace, packs, host_memory=half, progress=run.progress)
     for scratch in ("trace", "plan"):
         shutil.rmtree(out / scratch, ignore_errors=True)
+    logger.info("packed features of part %d into %s", part, packs)
     return packs
 
 

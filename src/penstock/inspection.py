@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from penstock.display import print_table, progress
+from penstock.display import print_columns, print_table, progress
 from penstock.locations import local_dataset, local_run, seal_dataset
-from penstock.report import read_config
+from penstock.run_state import describe_state, epoch_table, state_rows
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
-from penstock.storage.errors import DataError, FormatError
+from penstock.storage.errors import DataError
 from penstock.storage.graph import SPLITS, open_graph
 from penstock.storage.manifest import MANIFEST, no_folder, read_json
 from penstock.storage.pack import open_packset
@@ -21,6 +21,10 @@ from penstock.storage.trace import open_trace
 from penstock.validation import validate_pack_window, validate_run, validate_trace_window
 
 Description = dict[str, Any]
+
+
+def _validated(validate: bool) -> Description:
+    return {"validated": True} if validate else {}
 
 
 def _hops(fanouts: tuple[int, ...]) -> str:
@@ -42,7 +46,7 @@ def describe_graph(path: Path, *, validate: bool) -> Description:
         "feature_bytes": graph.feature_bytes,
         "topology_bytes": graph.id_dtype.itemsize * graph.num_edges + 8 * (graph.num_nodes + 1),
         "fingerprint": graph.fingerprint,
-        "validated": validate,
+        **_validated(validate),
     }
 
 
@@ -60,7 +64,7 @@ def describe_trace(path: Path, *, validate: bool) -> Description:
         "input_rows": sum(sum(index.num_inputs) for index in indexes),
         "edges": sum(sum(index.num_edges) for index in indexes),
         "trace_bytes": sum(sum(index.bytes) for index in indexes),
-        "validated": validate,
+        **_validated(validate),
     }
 
 
@@ -76,7 +80,7 @@ def describe_packs(path: Path, *, validate: bool) -> Description:
         "windows": f"{len(windows)} of {meta.num_windows}",
         "pack_bytes": sum(file.stat().st_size for file in path.glob("window-*.pack")),
         "complete": (path / MANIFEST).is_file() and len(windows) == meta.num_windows,
-        "validated": validate,
+        **_validated(validate),
     }
 
 
@@ -92,36 +96,13 @@ def describe_chunks(path: Path, *, validate: bool) -> Description:
         "halo_rows": sum(int(part.halo_sizes.sum()) for part in parts),
         "largest_chunk_nodes": max(int(part.own_sizes.max()) for part in parts),
         "largest_chunk_edges": max(int(part.edge_sizes.max()) for part in parts),
-        "validated": validate,
+        **_validated(validate),
     }
 
 
 def describe_run(path: Path, *, validate: bool) -> Description:
-    """A run folder: its result, and its packs where they are; `validate` reads every file of it."""
-    config = read_config(path / "config.yaml")
-    result = read_json(path / "result.json") if (path / "result.json").is_file() else {"status": "not finished"}
-    checkpoints = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
-    packs = sorted(file.parent for file in path.rglob("packset.json"))
-    return {
-        "kind": "run",
-        "mode": config.get("mode", "sampled"),
-        "status": result["status"],
-        "dataset": config["dataset"],
-        "metrics": result.get("metrics", {}),
-        "checkpoints": checkpoints,
-        "pack_bytes": sum(file.stat().st_size for folder in packs for file in folder.glob("window-*.pack")),
-        "pack_sets": {str(folder.relative_to(path)): _windows(folder) for folder in packs},
-        **(validate_run(path) if validate else {}),
-        "validated": validate,
-    }
-
-
-def _windows(packs: Path) -> str:
-    try:
-        meta = open_packset(packs)
-    except FormatError as error:
-        return str(error)
-    return f"{len(list(packs.glob('window-*.json')))} of {meta.num_windows} windows"
+    """A run folder: its state, epochs, result, and packs where they are; `validate` reads every file of it."""
+    return {**describe_state(path), **(validate_run(path) | {"validated": True} if validate else {})}
 
 
 def describe(path: Path, *, validate: bool = False) -> Description:
@@ -172,9 +153,28 @@ def run_inspect(
     found = describe_location(path, validate=validate, stage_dir=stage_dir)
     if as_json:
         print(json.dumps(found))
-        return
-    rows = [
-        (key.replace("_", " "), format_bytes(value) if key.endswith("_bytes") else str(value))
-        for key, value in found.items()
-    ]
-    print_table(str(path), rows)
+    elif found["kind"] == "run":
+        _print_run(str(path), found)
+    else:
+        print_table(str(path), _rows(found))
+
+
+def _rows(found: Description) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _cell(key, value)) for key, value in found.items()]
+
+
+def _cell(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and key.startswith("num_") else str(value)
+
+
+def _print_run(title: str, found: Description) -> None:
+    print_table(title, state_rows(found))
+    headings, rows = epoch_table(found)
+    if rows:
+        print_columns("epochs (* is the best)", headings, rows, ranks=(0, 0, *range(1, len(headings) - 2), 5))

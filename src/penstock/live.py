@@ -5,7 +5,7 @@ rank's start, `step`, `busy_s` and `stalls` by cause; `items_per_s` and `hit_rat
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,40 +56,44 @@ def format_numbers(numbers: Mapping[str, float]) -> list[str]:
 
 @dataclass(slots=True, kw_only=True)
 class Stage:
-    """Where a stage is. `rate` is in units per second: as the stage says itself, or else since it began, at which there
-    were `first` units done."""
+    """Where a stage is. `rate` is in units per second, as the stage says itself, or else since it began, at which there
+    were `first` units done; the time left follows from the latter, which counts what lies between."""
 
     unit: str
     first: int
-    began: float = field(default_factory=time.monotonic)
+    began: float
     rounds: int = 0
     done: int = 0
     total: int = 0
     rate: float = 0.0
+    spent_s: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def left_s(self) -> float | None:
         """Seconds until it is done, if it goes as it went."""
-        return (self.total - self.done) / self.rate if self.rate > 0 and self.done < self.total else None
+        if self.done >= self.total or self.done <= self.first:
+            return None
+        return (self.total - self.done) * self.spent_s / (self.done - self.first)
 
 
 class Stages:
     """Every stage that was heard of; one whose amount falls has begun again."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.known: dict[str, Stage] = {}
 
     def update(self, name: str, done: int, total: int, unit: str, numbers: Mapping[str, float]) -> Stage:
         """Take what a `Progress` is told."""
         stage = self.known.pop(name, None)
         if stage is None or done < stage.done or stage.unit != unit:
-            stage = Stage(unit=unit, first=done, rounds=0 if stage is None else stage.rounds + 1)
+            rounds = 0 if stage is None else stage.rounds + 1
+            stage = Stage(unit=unit, first=done, began=self._clock(), rounds=rounds)
         self.known[name] = stage  # the last one is the one that moved last
         told = numbers.get(f"{unit}_per_s")
-        since = max(time.monotonic() - stage.began, 1e-3)
-        stage.done, stage.total = done, total
-        stage.rate = (done - stage.first) / since if told is None else told
+        stage.done, stage.total, stage.spent_s = done, total, max(self._clock() - stage.began, 1e-3)
+        stage.rate = (done - stage.first) / stage.spent_s if told is None else told
         stage.numbers = {key: value for key, value in numbers.items() if key != f"{unit}_per_s"}
         return stage
 
@@ -152,9 +156,9 @@ class LiveView:
     Epochs go to `console`, above what is drawn.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
-        self._stages, self._window = Stages(), RankWindow()
+        self._stages, self._window = Stages(clock), RankWindow()
         self._rows: list[tuple[str, ...]] = []
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:

@@ -49,11 +49,13 @@ class Leg(Protocol):
 class Observation:
     """See the module; made by `observed`."""
 
-    def __init__(self, config: RunConfig, trackers: Trackers, show: Progress, on_epoch: OnEpoch | None) -> None:
+    def __init__(
+        self, config: RunConfig, trackers: Trackers, show: Progress, on_epoch: Sequence[OnEpoch | None]
+    ) -> None:
         self.timeline = Timeline()
         self._steps, self._trackers = config.track.trace_steps, trackers
         self._show_ranks = getattr(show, "ranks", None)
-        told = (getattr(show, "epoch", None), on_epoch)
+        told = (getattr(show, "epoch", None), *on_epoch)
         self._epochs = EpochWatch(config.train, tuple(listener for listener in told if listener is not None))
         self._on_ray = config.cluster.address is not None or config.chunked.backend == "ray"
         self._run = config.run_dir.absolute().name
@@ -154,7 +156,7 @@ def _by_tier(feed: FeedStats, row_bytes: int) -> dict[str, Any]:
 
 
 @contextmanager
-def observed(config: RunConfig, show: Progress, on_epoch: OnEpoch | None = None) -> Iterator[Observation]:
+def observed(config: RunConfig, show: Progress, on_epoch: Sequence[OnEpoch | None] = ()) -> Iterator[Observation]:
     """Watch a run until it ends, however it does; `timeline.json` is written and artefacts are sent at the end.
 
     MissingDependency, at once, where a tracker's library is not installed.

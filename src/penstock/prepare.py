@@ -31,11 +31,11 @@ from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
 from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.pass_layout import packing_bytes
 from penstock.sampler.plan import Plan, PlanConfig, plan_packs
-from penstock.storage.budget import Budgets, total_memory, trim_heap
+from penstock.storage.budget import Budgets, format_bytes, total_memory, trim_heap
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.graph import Split
-from penstock.storage.manifest import read_json, write_json
+from penstock.storage.manifest import is_published, read_json, write_json
 from penstock.storage.pack import is_complete
 from penstock.storage.trace import Trace
 
@@ -97,8 +97,9 @@ def train_epochs(run: Run) -> int:
 
 def sample_split(run: Run, split: Split) -> Trace:
     """Sample into `run/<split>/trace`."""
+    is_done = is_published(run.path / split / "trace")
     with _of_whole(_SAMPLE_MEMORY_SHARE * _share(run, "train")), run.timings.during("sample"):
-        return sample_trace(
+        trace = sample_trace(
             run.graph,
             run.path / split / "trace",
             sample_config(run.config, split),
@@ -110,6 +111,8 @@ def sample_split(run: Run, split: Split) -> Trace:
             threads=run.threads,
             progress=run.labelled(split),
         )
+    logger.info("%s %s: %d items", "reused what was sampled of" if is_done else "sampled", split, trace.meta.num_items)
+    return trace
 
 
 def _share(run: Run, split: Split) -> float:
@@ -232,6 +235,8 @@ def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
     assert plan.summary is not None, "only the windows of a rolling producer have no summary"
     planned = {**asdict(plan.summary), "split": split, "largest_item": asdict(largest_item(trace))}
     write_json(folder / "plan.json", planned)
+    read = format_bytes(plan.summary.read_bytes_per_epoch)
+    logger.info("planned %s: %s, policy %s, %s read per epoch", split, plan.mode, config.policy, read)
     return trace, plan
 
 
@@ -290,6 +295,7 @@ def _plan_all(run: Run, splits: Iterable[Split]) -> dict[Split, tuple[Trace, Pla
     for split in splits:
         claim_split(run, split)
         if _is_planned(run.path / split):
+            logger.info("reused %s: it is sampled, planned and packed already", run.path / split)
             continue
         try:
             plans[split] = _plan_split(run, split)
@@ -330,6 +336,7 @@ def pack_splits(run: Run, splits: Iterable[Split], plans: Mapping[Split, tuple[T
             with run.timings.during("pack"):
                 show = run.labelled(split)
                 write_packs(plan, run.graph, trace, folder / "packs", host_memory=host_bytes, progress=show)
+            logger.info("packed %s into %s", split, folder / "packs")
         for scratch in ("trace", "plan"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
         prepared[split] = Prepared(

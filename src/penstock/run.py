@@ -8,7 +8,8 @@
 | `chunks/`, `features/`, `ranks/` | chunked: the cut graph, packs of the chunks' features, scratch of the ranks |
 | `chunked.json` | chunked: the ranks that were chosen |
 | `checkpoints/`, `metrics.jsonl` | training |
-| `model/`, `result.json`, `curves.png`, `schedule.png` | the end of training |
+| `model/`, `result.json`, `curves.png`, `schedule.png`, `report.html` | the end of training |
+| `status.json` | what the process is at, while there is one |
 
 Weights bind a folder: with checkpoints or a finished result, another graph or configuration is refused. Without, what
 is there is kept where it was made of the same (see `claims`), and cleared where it was not. Nothing is written before
@@ -20,7 +21,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from penstock.process_memory import process_bytes
 from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates, measure_disk
+from penstock.status import Status
 from penstock.storage.budget import Budgets, default_budgets, num_threads, total_memory
 from penstock.storage.errors import InUse
 from penstock.storage.graph import GraphMeta, GraphStore, Split, open_graph
@@ -59,7 +61,7 @@ _TRAINING = ("train", "epoch", "valid", "test", "refresh")  # stages within trai
 Item = TypeVar("Item")
 _DERIVED_FILES = (
     *("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png"),
-    "timeline.json",
+    *("timeline.json", "status.json", "report.html"),
 )
 
 
@@ -77,12 +79,13 @@ class Run:
         replicas: int = 1,
         trained: Trained | None = None,
         empty_bytes: int | None = None,
+        status: Status | None = None,
     ) -> None:
         self.rank, self.replicas, self.trained = rank, replicas, trained
         self.process_bytes = process_bytes() if empty_bytes is None else empty_bytes
         self.config, self.graph, self._show = config, graph, progress
         self.path = config.run_dir
-        self.timings = Timings()
+        self.timings, self.status = Timings(), status
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
         self.budgets, self.disk_rates = _resolve_machine(config, graph, self.process_bytes)
@@ -97,6 +100,8 @@ class Run:
         Training itself is not ended here: the trainer writes a checkpoint first.
         """
         self._show(stage, done, total, unit, **numbers)
+        if self.status is not None:
+            self.status(stage, done, total, unit, **numbers)
         if stage not in _TRAINING and self.stop_requested.is_set():
             raise Stopped(f"stopped in step {stage!r}; run the same command again to continue")
 
@@ -247,8 +252,8 @@ def open_run(
             bring_back(config, anew=force or not resume)
             config, trained = _take_up(config, graph, resume=resume, if_changed=if_changed)
             write_config(config.run_dir / "config.yaml", config, graph.fingerprint)
-            with mirrored_run(config, lock):
-                yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes)
+            with mirrored_run(config, lock), closing(Status(config.run_dir)) as status:
+                yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes, status=status)
 
 
 def _take_up(

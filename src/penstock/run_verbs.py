@@ -12,7 +12,7 @@ from penstock.chunked_choice import compare_ranks, forecast_ranks, pick_fitting
 from penstock.chunked_prepare import cut_graph, prepare_ranks
 from penstock.config import RunConfig
 from penstock.display import print_columns, print_table, progress
-from penstock.engine.chunked.estimate import HEADINGS, Choice, estimate_rows
+from penstock.engine.chunked.estimate import HEADINGS, RANKS, Choice, estimate_rows
 from penstock.inference import infer
 from penstock.prepare import own_splits, plan_splits, prepare, read_memory, read_summary
 from penstock.process_memory import forecast_rows
@@ -79,7 +79,7 @@ def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool)
     if as_json:
         print(json.dumps(value))
         return
-    print_columns(f"ways to run {config.run_dir} on {devices} ranks", HEADINGS, estimate_rows(choices))
+    print_columns(f"ways to run {config.run_dir} on {devices} ranks", HEADINGS, estimate_rows(choices), RANKS)
     print_table("memory of the picked split", forecast_rows(memory))
     print(
         f"picked: {best.kind}, --stages {best.stages} --parts {best.parts} --chunks {best.chunks} "

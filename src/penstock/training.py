@@ -233,7 +233,8 @@ def train(
     with soft_interrupt(stop), opened as run:
         if (done := _finished(run, result_json)) is not None:
             return done
-        with observed(run.config, progress, on_epoch) as watch:
+        assert run.status is not None, "open_run has made it"
+        with observed(run.config, progress, (on_epoch, run.status.epoch)) as watch:
             try:
                 return _job(run, result_json, watch)
             except (Exception, KeyboardInterrupt) as error:

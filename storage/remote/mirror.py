@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS, STATE, RESULT, METRICS, MODEL = "checkpoints", "state.json", "result.json", "metrics.jsonl", "model"
 FIRST_FILES = ("config.yaml", "machine.json", "chunked.json", METRICS)  # checkpoints count on these
-LAST_FILES = ("plan.json", "curves.png", "schedule.png", "timeline.json")
+LAST_FILES = ("plan.json", "curves.png", "schedule.png", "timeline.json", "report.html")
 INTERVAL_S = 15.0
 _LONGEST_PAUSE_S = 300.0
 _TICK_S = 1.0
