@@ -6,7 +6,7 @@ neighbours the two are the same; where it samples, a PyG layer sees for a seed w
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ def require(module: str, extra: str) -> Any:
 def to_dgl(batch: "MiniBatch") -> tuple[Tensor, Tensor, list[Any]]:
     """Make what `dgl.dataloading.DataLoader` yields: (input nodes, output nodes, blocks), sharing our memory.
 
-    `blocks[0].srcdata["feat"]` and `blocks[-1].dstdata["label"]` are set, `dgl.NID` on both sides of every block,
-    `srcdata["degree"]` and `edata["weight"]` where the trace has them. Structure is int32; node ids are int64.
+    `blocks[0].srcdata["feat"]` and `blocks[-1].dstdata["label"]` are set, `dgl.NID` on both sides of every block;
+    `srcdata["degree"]`, `srcdata["self_loops"]`, `edata["weight"]` and `edata["draw_weight"]` (what each draw by weight
+    counts) where the trace has them, see `Block`. Structure is int32; node ids are int64.
     """
     dgl = require("dgl", "dgl")
     input_nodes = batch.input_ids.long()
@@ -48,8 +49,11 @@ def _dgl_block(dgl: Any, block: "Block", input_nodes: Tensor) -> Any:
     made.dstdata[dgl.NID] = input_nodes[: block.num_dst]
     if block.src_degrees is not None:
         made.srcdata["degree"] = block.src_degrees
-    if block.edge_weights is not None:
-        made.edata["weight"] = block.edge_weights
+    if block.src_loops is not None:
+        made.srcdata["self_loops"] = block.src_loops
+    for name, values in (("weight", block.edge_weights), ("draw_weight", block.draw_weights)):
+        if values is not None:
+            made.edata[name] = values
     return made
 
 
@@ -57,30 +61,41 @@ def to_pyg(batch: "MiniBatch") -> Any:
     """Make what `torch_geometric.loader.NeighborLoader` yields, as a `Data` that `trim_to_layer` understands.
 
     `x`, `edge_index` int64 [2, E] (row 0 source, row 1 target, hop by hop from the seeds outwards), `n_id`, `y` (of
-    the seeds, which come first), `batch_size`, `num_sampled_nodes`, `num_sampled_edges`; `edge_weight` and `degree`
-    where the trace has them.
+    the seeds, which come first), `batch_size`, `num_sampled_nodes`, `num_sampled_edges`; `edge_weight`, `draw_weight`,
+    `degree` and `self_loops` where the trace has them, see `Block`. Sums with `draw_weight` estimate those over all
+    neighbours within the edges of one hop; over edges of several hops, take means.
     """
     data = require("torch_geometric.data", "pyg").Data
     hops = _hops(batch)
-    weights = [weight for _, weight in hops if weight is not None]
     frontiers = [block.num_src - block.num_dst for block in reversed(batch.blocks)]
-    extra: dict[str, Any] = {"edge_weight": torch.cat(weights)} if weights else {}
-    if batch.degrees is not None:
-        extra["degree"] = batch.degrees
+    by_edge = {"edge_weight": [hop.weights for hop in hops], "draw_weight": [hop.draw_weights for hop in hops]}
+    by_node = {"degree": batch.degrees, "self_loops": batch.blocks[0].src_loops}
+    extra: dict[str, Any] = {name: values for name, values in by_node.items() if values is not None}
+    for name, values in by_edge.items():
+        if found := [value for value in values if value is not None]:
+            extra[name] = torch.cat(found)
     return data(
         x=batch.features,
-        edge_index=torch.cat([edges for edges, _ in hops], dim=1),
+        edge_index=torch.cat([hop.edges for hop in hops], dim=1),
         y=batch.labels,
         n_id=batch.input_ids.long(),
         batch_size=batch.num_seeds,
         num_sampled_nodes=[batch.num_seeds, *frontiers],
-        num_sampled_edges=[edges.shape[1] for edges, _ in hops],
+        num_sampled_edges=[hop.edges.shape[1] for hop in hops],
         **extra,
     )
 
 
-def _hops(batch: "MiniBatch") -> list[tuple[Tensor, Tensor | None]]:
-    """Per hop from the seeds outwards, the edges [2, n] that no earlier hop drew, and their weights."""
+class _Hop(NamedTuple):
+    """Edges [2, n] that no hop nearer to the seeds drew."""
+
+    edges: Tensor
+    weights: Tensor | None
+    draw_weights: Tensor | None
+
+
+def _hops(batch: "MiniBatch") -> list[_Hop]:
+    """Hop by hop from the seeds outwards."""
     num_inputs = len(batch.input_ids)
     seen = np.empty(0, np.int64)
     hops = []
@@ -89,7 +104,7 @@ def _hops(batch: "MiniBatch") -> list[tuple[Tensor, Tensor | None]]:
         target = torch.repeat_interleave(torch.arange(block.num_dst, device=source.device), block.indptr.diff().long())
         keys = (target * num_inputs + source).cpu().numpy()
         fresh = torch.from_numpy(~np.isin(keys, seen)).to(source.device)
-        weights = None if block.edge_weights is None else block.edge_weights[fresh]
-        hops.append((torch.stack([source[fresh], target[fresh]]), weights))
+        values = (None if found is None else found[fresh] for found in (block.edge_weights, block.draw_weights))
+        hops.append(_Hop(torch.stack([source[fresh], target[fresh]]), *values))
         seen = np.concatenate([seen, keys])
     return hops

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,43 @@ def test_pyg_layers_with_trimming_equal_full_graph_layers_over_all_neighbours() 
     whole = torch.stack(graph())
     expected = layers[1](layers[0](table, whole), whole)[[8, 1, 30]]
     torch.testing.assert_close(x[:3], expected)
+
+
+def weighted() -> MiniBatch:
+    """Two hops whose draws count differently, the second one with an edge of the first."""
+    outer, inner = (
+        Block(
+            num_src=num_src,
+            num_dst=num_dst,
+            indptr=torch.tensor(indptr, dtype=torch.int32),
+            indices=torch.tensor(indices, dtype=torch.int32),
+            edge_weights=torch.arange(len(indices)) + first,
+            draw_weights=(torch.arange(len(indices)) + first) / 2,
+            src_degrees=torch.arange(num_src, dtype=torch.int32),
+            src_loops=torch.arange(num_src, dtype=torch.int32) % 2,
+        )
+        for num_src, num_dst, indptr, indices, first in ((4, 2, [0, 2, 3], [1, 2, 3], 10.0), (2, 1, [0, 1], [1], 1.0))
+    )
+    ids, features = torch.tensor([5, 6, 7, 8]), torch.zeros(4, 1)
+    whole = {"input_ids": ids, "labels": torch.tensor([0]), "blocks": (outer, inner), "features": features}
+    return MiniBatch(step=0, item=0, epoch=0, num_seeds=1, **whole)
+
+
+def test_what_blocks_know_of_draws_and_loops_is_in_both_views() -> None:
+    batch = weighted()
+    for block, made in zip(batch.blocks, batch.to_dgl()[2], strict=True):
+        assert block.draw_weights is not None and block.src_loops is not None
+        assert torch.equal(made.edata["draw_weight"], block.draw_weights)
+        assert torch.equal(made.edata["weight"], block.edge_weights)
+        assert torch.equal(made.srcdata["self_loops"], block.src_loops)
+    data = batch.to_pyg()
+    data.validate()
+    assert data.edge_index.tolist() == [[1, 2, 3], [0, 0, 1]] and data.num_sampled_edges == [1, 2]
+    assert data.edge_weight.tolist() == [1, 11, 12] and data.draw_weight.tolist() == [0.5, 5.5, 6]
+    assert data.self_loops.tolist() == [0, 1, 0, 1] and data.degree.tolist() == [0, 1, 2, 3]
+    plain = replace(batch, blocks=tuple(replace(b, draw_weights=None, src_loops=None) for b in batch.blocks))
+    assert "draw_weight" not in plain.to_pyg() and "self_loops" not in plain.to_pyg()
+    assert "draw_weight" not in plain.to_dgl()[2][0].edata
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
