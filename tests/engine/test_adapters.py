@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,12 @@ def weighted() -> MiniBatch:
         for num_src, num_dst, indptr, indices, first in ((4, 2, [0, 2, 3], [1, 2, 3], 10.0), (2, 1, [0, 1], [1], 1.0))
     )
     ids, features = torch.tensor([5, 6, 7, 8]), torch.zeros(4, 1)
-    whole = {"input_ids": ids, "labels": torch.tensor([0]), "blocks": (outer, inner), "features": features}
+    whole: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": torch.tensor([0]),
+        "blocks": (outer, inner),
+        "features": features,
+    }
     return MiniBatch(step=0, item=0, epoch=0, num_seeds=1, **whole)
 
 
@@ -133,7 +139,7 @@ def test_what_blocks_know_of_draws_and_loops_is_in_both_views() -> None:
     for block, made in zip(batch.blocks, batch.to_dgl()[2], strict=True):
         assert block.draw_weights is not None and block.src_loops is not None
         assert torch.equal(made.edata["draw_weight"], block.draw_weights)
-        assert torch.equal(made.edata["weight"], block.edge_weights)
+        assert block.edge_weights is not None and torch.equal(made.edata["weight"], block.edge_weights)
         assert torch.equal(made.srcdata["self_loops"], block.src_loops)
     data = batch.to_pyg()
     data.validate()
