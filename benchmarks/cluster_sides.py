@@ -87,7 +87,9 @@ class FedSide:
         config = self.config
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": cluster.address})})
         run = self._stack.enter_context(open_run(config))
-        place = self._stack.enter_context(open_ray_place(config, folder=run.path, open_rank=OPEN_REPLICA))
+        place = self._stack.enter_context(
+            open_ray_place(config, folder=run.path, open_rank=OPEN_REPLICA, poll=run.poll)
+        )
         self._feeders = self._stack.enter_context(place.open_feeders())
         backend = self._stack.enter_context(place.open_backend(replica_specs(run, 1)))
         watch = self._stack.enter_context(observed(config, silent))

@@ -13,6 +13,7 @@ from typing import Any
 
 from penstock.cluster.feeder_pool import FeederPool
 from penstock.cluster.puller import Puller
+from penstock.engine.chunked.backend import Poll
 from penstock.storage.transfer import Address, Answer, Head, Refused, connect, serve
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ class Directory:
         self._pool.poll()
         self._addresses = self._pool.addresses
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait for the first feeder; RuntimeError, with causes, where none comes."""
-        self._pool.wait_ready(timeout_s)
+    def wait_ready(self, timeout_s: float, poll: Poll) -> None:
+        """Wait for the first feeder; RuntimeError, with causes, where none comes. See `FeederPool.wait_ready`."""
+        self._pool.wait_ready(timeout_s, poll=poll)
         self.poll()
 
     def answer(self, head: Head, payload: bytes) -> Answer:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from penstock.cluster.feeder import open_feeder
 from penstock.cluster.feeder_builder import FeederSpec
 from penstock.cluster.feeder_folder import sweep
-from penstock.engine.chunked.backend import NoRoomYet, RankFailed
+from penstock.engine.chunked.backend import NoRoomYet, Poll, RankFailed
 from penstock.engine.supervision.events import FeederFailed, ReplaceFeeder
 from penstock.engine.supervision.policy import State, step
 from penstock.storage.children import start_child
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _STATUS_S = 2.0
 _STOP_S = 10.0
 _POLL_S = 0.02
+_NEWS_S = 5.0  # a wait that is longer is told
 
 
 class Handle(Protocol):
@@ -118,15 +119,22 @@ class FeederPool:
                 f"({len(self.losses)} losses in all); look at that node, or set fewer feeders"
             )
 
-    def wait_ready(self, timeout_s: float, count: int = 1) -> list[Address]:
+    def wait_ready(self, timeout_s: float, count: int = 1, poll: Poll = lambda: None) -> list[Address]:
         """Wait until `count` feeders can be asked; RuntimeError, naming the causes, where they are not in time, and
-        NoRoomYet where none was lost."""
-        ends = time.monotonic() + timeout_s
+        NoRoomYet where none was lost. What `poll` raises meanwhile ends the wait."""
+        began, is_told = time.monotonic(), False
         while True:
             self.poll()
+            poll()
             if len(self.addresses) >= count:
                 return self.addresses
-            if time.monotonic() > ends or not self._handles:
+            waited_s = time.monotonic() - began
+            if waited_s > _NEWS_S and not is_told:
+                is_told = True
+                logger.warning(
+                    "waiting for a feeder to start, for %.0f s at most: its node needs free cores", timeout_s
+                )
+            if waited_s > timeout_s or not self._handles:
                 causes = "; ".join(f"{loss.where}: {loss.cause}" for loss in self.losses) or "none of them died"
                 kind = RuntimeError if self.losses else NoRoomYet
                 raise kind(

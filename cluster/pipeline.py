@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from penstock.cluster.actor import HEARTBEATS, RankActor
@@ -33,13 +32,13 @@ from penstock.cluster.placement import (
     plan_placement,
     ranks_alone,
 )
+from penstock.cluster.reservation import give_back, reserve
 from penstock.cluster.session import open_session
 from penstock.cluster.shared import require_seen
 from penstock.engine.chunked.backend import (
     POLL_S,
     Board,
     NodeLost,
-    NoRoomYet,
     Poll,
     RankFailed,
     WorkerSpec,
@@ -56,8 +55,6 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 0.5
 _GRACE_S = 20.0  # for actors that were told to end
 PROCESS_BYTES = 768 << 20  # of a process beside its budget: interpreter, torch, what is mapped of the topology
-_LOOK_S = 0.1
-_NEWS_S = 5.0  # a wait for room that is longer is told
 _STACKS_S = 15.0  # for stacks from other nodes: a process has to start there first
 T = TypeVar("T")
 
@@ -85,15 +82,15 @@ class RayBackend:
         """Ray's node ids by rank."""
         return [node for node, _ in self._places]
 
-    def start(self, backend: GroupBackend, open_rank: str, shared: tuple[Path, Path] | None) -> None:
+    def start(self, backend: GroupBackend, open_rank: str, shared: tuple[Path, Path] | None, poll: Poll) -> None:
         """Wait until all ranks are open."""
-        self._places = self._gather("start", [actor.whereabouts.remote() for actor in self._actors])
+        self._places = self._gather("start", [actor.whereabouts.remote() for actor in self._actors], poll=poll)
         if shared is not None:
             require_seen(*shared, set(self.nodes))
         self._hosts = node_names()
         here = ray.get_runtime_context().get_node_id()
         self._far = [rank for rank, node in enumerate(self.nodes) if node != here]
-        address = self._gather("start", [self._actors[0].host_store.remote()])[0]
+        address = self._gather("start", [self._actors[0].host_store.remote()], poll=poll)[0]
         boards = [None if rank in self._far else self._board.path for rank in range(len(self._actors))]
         self._gather(
             "start",
@@ -101,6 +98,7 @@ class RayBackend:
                 actor.start.remote(address, board, backend, open_rank)
                 for actor, board in zip(self._actors, boards, strict=True)
             ],
+            poll=poll,
         )
 
     def call(
@@ -298,42 +296,6 @@ def _place(
         return ranks_alone(groups, **wanted, reason=str(error))
 
 
-def _reserve(placement: Placement, num_ranks: int, wait_s: float) -> PlacementGroup:
-    """Make the placement group; NoRoomYet where the cluster has no room for it in time."""
-    bundles, strategy = list(placement.bundles), placement.strategy
-    group: PlacementGroup = ask(lambda: placement_group(bundles, strategy=strategy, name="penstock"))
-    if not _comes(group, min(wait_s, _NEWS_S)):
-        each = "" if len(bundles) == num_ranks else f" in {len(bundles)} bundles"
-        wanted = f"room for {num_ranks} ranks{each} of {bundles[0]} with strategy={strategy}"
-        logger.warning("waiting for %s, for %.0f s at most (cluster.wait_s): %s", wanted, wait_s, placement.reason)
-        if not _comes(group, wait_s - _NEWS_S):
-            _give_back(group)
-            found: dict[str, float] = ask(ray.available_resources)
-            free = {name: found.get(name, 0.0) for name in ("CPU", "GPU", *bundles[0])}
-            raise NoRoomYet(
-                f"no {wanted} within {wait_s:.0f} s ({placement.reason}); free in the cluster: {free}; run again when "
-                "there is, add nodes, raise cluster.wait_s for nodes that an autoscaler starts, or lower replicas, "
-                "threads, stages or parts"
-            )
-    logger.info("%d bundles with strategy %s: %s", len(bundles), strategy, placement.reason)
-    return group
-
-
-def _comes(group: PlacementGroup, wait_s: float) -> bool:
-    """Whether there is room in time; looks now and then, since `ask` is for short calls."""
-    ends = time.monotonic() + wait_s
-    while not ask(lambda: group.wait(_LOOK_S)):
-        if time.monotonic() >= ends:
-            return False
-        time.sleep(_LOOK_S)
-    return True
-
-
-def _give_back(group: PlacementGroup) -> None:
-    with suppress(HeadLost):  # then nobody keeps it
-        ask(lambda: remove_placement_group(group))
-
-
 @contextmanager
 def open_ray(
     specs: Sequence[WorkerSpec],
@@ -347,6 +309,7 @@ def open_ray(
     wait_s: float = 600.0,
     shared: tuple[Path, Path] | None = None,
     open_rank: str = OPEN_RANK,
+    poll: Poll = lambda: None,
 ) -> Iterator[RayBackend]:
     """Start one actor per rank; they have ended when the context is left, and so has Ray if it was started here.
 
@@ -354,7 +317,8 @@ def open_ray(
     layout's replicas unless told, and `resources` what each group needs besides; see `placement`. `memory_bytes` is
     the budget of all of them together: Ray is asked for each one's share, and for what a process holds besides. With a
     `strategy` ranks are placed one by one. `open_rank` is as in `open_processes`. NoRoomYet where the cluster has no
-    room within `wait_s`: an autoscaler may bring some. ValueError where nodes lack the `shared` graph or folder.
+    room within `wait_s`: an autoscaler may bring some. ValueError where nodes lack the `shared` graph or folder. `poll`
+    is called now and then until all ranks have started; what it raises ends the wait.
     """
     specs = [_absolute(spec) for spec in specs]
     with ExitStack() as stack:
@@ -365,8 +329,8 @@ def open_ray(
         gpus = _gpus_per_rank(specs, len(groups[0]), gpus_per_replica)
         memory = memory_bytes // len(specs) + PROCESS_BYTES
         placement = _place(specs, gpus, memory, groups, resources, strategy)
-        group = _reserve(placement, len(specs), wait_s)
-        stack.callback(_give_back, group)
+        group = reserve(placement, len(specs), wait_s, poll)
+        stack.callback(give_back, group)
         decorate: Any = ray.remote(concurrency_groups={HEARTBEATS: 1})  # type: ignore[call-overload]  # Ray's types lack it
         actor_class = decorate(RankActor)
         path = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
@@ -389,5 +353,5 @@ def open_ray(
         )
         ranks = RayBackend(specs, open_board(specs), actors)
         stack.callback(ranks.close)
-        ranks.start("nccl" if gpus == 1 else "gloo", open_rank, shared)
+        ranks.start("nccl" if gpus == 1 else "gloo", open_rank, shared, poll)
         yield ranks

@@ -14,13 +14,14 @@ from penstock.cluster.directory import Directory, open_directory
 from penstock.cluster.feeders import open_feeder_actors
 from penstock.cluster.pipeline import open_ray
 from penstock.cluster.session import alive_nodes, open_session, threads_per_replica
+from penstock.engine.chunked.backend import Poll
 from penstock.storage.budget import num_threads
 
 
 class RayPlace:
     """Actors on a cluster that was joined; see `penstock.replicated.Place`."""
 
-    def __init__(self, config: Any, open_rank: str) -> None:
+    def __init__(self, config: Any, open_rank: str, poll: Poll) -> None:
         self._config = config
         cluster: ClusterConfig = config.cluster
         self.threads: int = config.train.threads or threads_per_replica(alive_nodes(), cluster)
@@ -33,6 +34,7 @@ class RayPlace:
             gpus_per_replica=cluster.gpus_per_replica,
             memory_bytes=cluster.replicas * (config.budgets.host_memory or 0),
             wait_s=cluster.wait_s,
+            poll=poll,
         )
 
     def hosts(self, backend: Any, count: int) -> list[str]:
@@ -56,13 +58,14 @@ class RayPlace:
 
 
 @contextmanager
-def open_ray_place(config: Any, *, folder: Path, open_rank: str) -> Iterator[RayPlace]:
+def open_ray_place(config: Any, *, folder: Path, open_rank: str, poll: Poll) -> Iterator[RayPlace]:
     """Join the cluster of `cluster.address`, or start one (`local`) with room for all of the run.
 
-    `config` is a `penstock.config.RunConfig`, which lies above this folder; Ray is joined from `folder`.
+    `config` is a `penstock.config.RunConfig`, which lies above this folder; Ray is joined from `folder`. `poll` is
+    called now and then while there is no room.
     """
     cluster: ClusterConfig = config.cluster
     reserved = cluster.feeders * cluster.feeder_threads
     num_cpus = max(num_threads(), cluster.replicas * (config.train.threads or 1) + reserved)
     with open_session(cluster.address, folder, num_cpus=num_cpus):
-        yield RayPlace(config, open_rank)
+        yield RayPlace(config, open_rank, poll)

@@ -51,6 +51,8 @@ def run_with_restarts(
             result = attempt(number)
             step(state, [Answered(at_s=time.monotonic(), rank=0)])
             return result
+        except Stopped:
+            raise
         except Exception as error:
             if number == 0 and isinstance(error, NoRoomYet):
                 raise  # nothing was lost that could come back: it has been waited for

@@ -12,7 +12,7 @@ from penstock.chunked_prepare import PreparedRanks, prepare_ranks
 from penstock.config import RunConfig
 from penstock.engine import recycled
 from penstock.engine.adapters import require
-from penstock.engine.chunked.backend import OpenBackend
+from penstock.engine.chunked.backend import OpenBackend, Poll
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.chunked.spec import RankReport
 from penstock.engine.chunked.state import ChunkedResult
@@ -34,10 +34,10 @@ from penstock.storage.graph import Split
 from penstock.timings import timings_section
 
 
-def find_backend(config: RunConfig) -> OpenBackend:
+def find_backend(config: RunConfig, poll: Poll) -> OpenBackend:
     """What opens ranks: Ray where there is an address, or else what `chunked.backend` says.
 
-    Ray is imported only where it is asked for.
+    Ray is imported only where it is asked for; `poll` is called now and then while it has no room.
     """
     name, cluster = config.chunked.backend, config.cluster
     if cluster.address is None and name != "ray":
@@ -52,6 +52,7 @@ def find_backend(config: RunConfig) -> OpenBackend:
         gpus_per_replica=cluster.gpus_per_replica,
         memory_bytes=config.budgets.host_memory or 0,
         wait_s=cluster.wait_s,
+        poll=poll,
         shared=(config.dataset, config.run_dir),
     )
 
@@ -79,7 +80,7 @@ def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation
     budgets = config.budgets.model_copy(update={"host_memory": run.budgets.host_bytes})  # what ranks share
     trainer = ChunkedTrainer(
         prepared.specs,
-        find_backend(config.model_copy(update={"budgets": budgets})),
+        find_backend(config.model_copy(update={"budgets": budgets}), run.poll),
         checkpoints=run.path / "checkpoints",
         metrics=run.path / "metrics.jsonl",
         evaluate=evaluate,

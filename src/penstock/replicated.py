@@ -72,7 +72,7 @@ class ReplicaWorkers:
 
     def _fed(self, feeders: Directory) -> Fed:
         run = self._run
-        feeders.wait_ready(run.config.cluster.wait_s)
+        feeders.wait_ready(run.config.cluster.wait_s, run.poll)
         splits: tuple[Split, ...] = ("train", *run.evaluated_splits)
         return Fed(
             directory=feeders.address,

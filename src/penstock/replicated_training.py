@@ -69,7 +69,7 @@ def _open_place(run: Run) -> Iterator[Place]:
     require("ray", "ray")
     from penstock.cluster.replicas import open_ray_place
 
-    with open_ray_place(run.config, folder=run.path, open_rank=OPEN_REPLICA) as place:
+    with open_ray_place(run.config, folder=run.path, open_rank=OPEN_REPLICA, poll=run.poll) as place:
         yield place
 
 

@@ -119,6 +119,11 @@ class Run:
             yield batch
             self.progress(split, done, total, "items")
 
+    def poll(self) -> None:
+        """End a wait that has no progress to show, as that for room in a cluster, if the run was asked to stop."""
+        if self.stop_requested.is_set():
+            raise Stopped("stopped while waiting; run the same command again to continue")
+
     @property
     def evaluated_splits(self) -> tuple[Split, ...]:
         """Splits that are sampled for evaluation: those that have labels, if there is one and the user wants it so."""

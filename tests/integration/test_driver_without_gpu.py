@@ -8,7 +8,7 @@ import torch
 
 from penstock import chunked_training
 from penstock.config import RunConfig, load_config
-from penstock.engine.chunked.backend import OpenBackend
+from penstock.engine.chunked.backend import OpenBackend, Poll
 from penstock.engine.chunked.threads import open_threads
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.training import train
@@ -16,7 +16,7 @@ from penstock.training import train
 RAY = {"cluster.address": "local"}  # who places ranks; the stand-in below does
 
 
-def ranks_elsewhere(config: RunConfig) -> OpenBackend:
+def ranks_elsewhere(config: RunConfig, poll: Poll) -> OpenBackend:
     return lambda specs: open_threads([replace(spec, device="cpu") for spec in specs])
 
 
