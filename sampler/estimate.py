@@ -82,9 +82,9 @@ def measure_disk(folder: Path) -> DiskRates:
 class PlanSummary:
     """The figures of a plan. `*_rows` and `*_bytes_per_epoch` are means over the epochs of the trace.
 
-    `read_amplification` is pack bytes read over bytes of missing rows, None where no row is missing;
-    `break_even_epochs` after how many epochs packing has paid off against reading missing rows in 4 KiB pieces from
-    the feature table, None where it never does.
+    `read_amplification` is bytes read from packs over the bytes of all rows that items use, from whatever tier: a plan
+    that keeps more in memory has less. `break_even_epochs` says after how many epochs packing has paid off against
+    reading missing rows in 4 KiB pieces from the feature table, None where it never does.
     """
 
     mode: Literal["reuse", "rolling"]
@@ -140,10 +140,26 @@ def break_even(pack_s: float, random_s: float, packed_s: float) -> int | None:
     return math.ceil(pack_s / (random_s - packed_s)) if random_s > packed_s else None
 
 
-def summary_rows(summary: PlanSummary) -> list[tuple[str, str]]:
-    """What `penstock plan` prints: pairs of a label and a value."""
+def _break_even(summary: PlanSummary) -> str:
+    """After how many epochs packing pays, in words."""
+    if summary.missing_rows_per_epoch == 0:
+        return "at once: all rows that items use stay in memory"
+    if (epochs := summary.break_even_epochs) is None:
+        return "never: this disk reads rows one by one as fast as packs; packs are needed all the same"
+    return f"after {epochs} epochs, against reading missing rows one by one"
+
+
+def _share(summary: PlanSummary, kept_bytes: int) -> str:
+    """What the host memory of a plan is, where evaluation keeps some of what was given."""
+    of = f"{format_bytes(summary.host_needed_bytes)} of {format_bytes(summary.host_bytes)}"
+    given = format_bytes(summary.host_bytes + kept_bytes)
+    return f"{of}: {given} less {format_bytes(kept_bytes)} that evaluation keeps" if kept_bytes else of
+
+
+def summary_rows(summary: PlanSummary, *, kept_bytes: int = 0) -> list[tuple[str, str]]:
+    """What `penstock plan` prints: pairs of a label and a value. Evaluation keeps `kept_bytes` of host memory."""
     rows = max(1, summary.input_rows_per_epoch)
-    rates = summary.disk_rates
+    rates, ratio = summary.disk_rates, summary.read_amplification or 0.0
 
     def tier(hit_rows: int) -> str:
         return f"{format_bytes(hit_rows * summary.row_bytes)} per epoch ({100 * hit_rows / rows:.1f} % of rows)"
@@ -154,11 +170,10 @@ def summary_rows(summary: PlanSummary) -> list[tuple[str, str]]:
         ("device tier", f"{summary.device_slots} rows, serves {tier(summary.device_hit_rows_per_epoch)}"),
         ("host tier", f"{summary.host_slots} rows, serves {tier(summary.host_hit_rows_per_epoch)}"),
         ("from packs", tier(summary.missing_rows_per_epoch)),
-        ("read per epoch", format_bytes(summary.read_bytes_per_epoch)),
-        ("read amplification", "-" if (ratio := summary.read_amplification) is None else f"{ratio:.2f}"),
+        ("read per epoch", f"{format_bytes(summary.read_bytes_per_epoch)}, {ratio:.2f} x the rows that items use"),
         ("packs", f"{format_bytes(summary.pack_bytes)}, {summary.pack_over_features:.2f} x the features"),
         ("disk needed", f"{format_bytes(summary.disk_needed_bytes)} of {format_bytes(summary.disk_bytes)}"),
-        ("host memory needed", f"{format_bytes(summary.host_needed_bytes)} of {format_bytes(summary.host_bytes)}"),
+        ("host memory needed", _share(summary, kept_bytes)),
         ("planning memory", format_bytes(summary.planning_memory_bytes)),
         (
             "disk",
@@ -168,5 +183,5 @@ def summary_rows(summary: PlanSummary) -> list[tuple[str, str]]:
         ("expected reading", f"{summary.read_s_per_epoch:.1f} s per epoch"),
         ("packing", f"{summary.pack_s:.1f} s"),
         ("random 4 KiB reads", f"{summary.random_read_s_per_epoch:.1f} s per epoch instead"),
-        ("break-even", "never" if (epochs := summary.break_even_epochs) is None else f"after {epochs} epochs"),
+        ("packing pays", _break_even(summary)),
     ]

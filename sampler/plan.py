@@ -284,7 +284,7 @@ def _make_plan(planner: _TracePlanner, choice: Choice, recording: Recording, num
         missing_rows_per_epoch=missing // epochs,
         missing_bytes_per_epoch=missing * row_bytes // epochs,
         read_bytes_per_epoch=choice.read_bytes // epochs,
-        read_amplification=choice.read_bytes / (missing * row_bytes) if missing else None,
+        read_amplification=choice.read_bytes / (inputs * row_bytes) if inputs else None,
         pack_bytes=choice.pack_bytes,
         feature_bytes=graph.feature_bytes,
         pack_over_features=choice.pack_bytes / max(1, graph.feature_bytes),

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from penstock.disk_rates import measure_anew
 from penstock.display import print_table
 from penstock.kernels import cache
 from penstock.machine import package_version
 from penstock.process_memory import forecast_rows, process_bytes
-from penstock.sampler.estimate import measure_disk
 from penstock.storage.budget import (
     available_memory,
     default_host_bytes,
@@ -38,7 +38,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
             works = direct.direct
     remedy = "" if works else "put the run folder on ext4 or XFS; through the page cache, budgets are less exact"
     yield "O_DIRECT", "works" if works else "refused", remedy
-    rates = measure_disk(folder)
+    rates = measure_anew(folder)
     slow = "" if rates.read_bytes_per_s > 500e6 else "a local NVMe disk reads 1 GB/s and more"
     yield "sequential read", f"{format_bytes(rates.read_bytes_per_s)}/s", slow
     yield "sequential write", f"{format_bytes(rates.write_bytes_per_s)}/s", ""

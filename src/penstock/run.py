@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from penstock.config import RunConfig
+from penstock.disk_rates import disk_rates
 from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, seed_step
@@ -40,7 +41,7 @@ from penstock.preflight import check, has_labels
 from penstock.process_memory import process_bytes
 from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
 from penstock.report import write_config
-from penstock.sampler.estimate import DiskRates, measure_disk
+from penstock.sampler.estimate import DiskRates
 from penstock.status import Status
 from penstock.storage.budget import Budgets, default_budgets, num_threads, total_memory
 from penstock.storage.errors import InUse
@@ -189,7 +190,7 @@ def _resolve_machine(config: RunConfig, graph: GraphStore, process_bytes: int) -
         host_bytes=host_bytes or choose_host_bytes(config, graph, process_bytes, total_memory()),
         disk_bytes=found.get("disk_bytes") if given.disk is None else given.disk,
     )
-    rates = DiskRates(**there["disk_rates"]) if there else measure_disk(config.run_dir)
+    rates = DiskRates(**there["disk_rates"]) if there else disk_rates(config.run_dir)
     is_given = {"device_bytes": given.device_memory, "host_bytes": given.host_memory, "disk_bytes": given.disk}
     found |= {key: value for key, value in asdict(budgets).items() if is_given[key] is None}
     write_json(path, {"found": found, "budgets": asdict(budgets), "disk_rates": asdict(rates)})

@@ -49,12 +49,12 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
         run = opened if replicas == 1 else _first_replica(opened)
         plan_splits(run, (*own_splits(run), "train"))
         summary, memory = read_summary(run, "train"), read_memory(run, "train")
-        text = (run.path / "train" / "plan.json").read_text()
+        text, kept_bytes = (run.path / "train" / "plan.json").read_text(), run.evaluation_bytes
     if as_json:
         print(text)
     else:
         whose = "" if replicas == 1 else f", replica 0 of 0..{replicas - 1}"
-        rows = summary_rows(summary) + (forecast_rows(memory) if memory else [])
+        rows = summary_rows(summary, kept_bytes=kept_bytes) + (forecast_rows(memory) if memory else [])
         print_table(f"plan of {config.run_dir}{whose}", rows)
 
 

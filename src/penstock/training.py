@@ -123,7 +123,8 @@ def _movement(feed: TrainFeed, stall_s: float) -> dict[str, Any]:
         return {}
     summary = None if feed.prepared is None else feed.prepared.summary
     error = None if feed.prepared is None else read_row_error(feed.prepared.packs)
-    useful = stats.pack_rows * summary.row_bytes if summary else 0
+    rows = stats.device_rows + stats.host_rows + stats.pack_rows
+    useful = rows * summary.row_bytes if summary else 0
     return {
         "bytes_read": stats.bytes_read,
         "read_amplification": stats.bytes_read / useful if useful else None,

@@ -102,6 +102,23 @@ def test_the_summary_tells_what_packing_then_does(
     assert packs < whole + scratch < summary.disk_needed_bytes + 40_000  # but for small JSON files
     assert summary.pack_over_features == packs / (400 * 80)
     assert dict(summary_rows(summary))["mode"].startswith("reuse, private rows, policy belady")
+    assert summary.read_amplification == pytest.approx(packs / (inputs * 80))
+
+
+def test_the_best_policy_reads_the_smallest_share_of_what_items_use(make_plan: Any) -> None:
+    shares = [make_plan(host=50_000, policy=policy).summary.read_amplification for policy in ("belady", "static")]
+    shares.append(make_plan(host=1 << 20, policy="none").summary.read_amplification)
+    assert shares[0] <= shares[1] < shares[2], "of so few rows both fill as many pages"
+
+
+def test_the_table_explains_memory_and_when_packing_pays(make_plan: Any) -> None:
+    some, all_rows = make_plan(host=50_000).summary, make_plan(host=1 << 20).summary
+    assert some.missing_rows_per_epoch > 0 and all_rows.missing_rows_per_epoch == 0
+    rows = dict(summary_rows(some, kept_bytes=50_000))
+    assert rows["host memory needed"].endswith("of 48.8 KiB: 97.7 KiB less 48.8 KiB that evaluation keeps")
+    assert rows["read per epoch"].endswith(f"{some.read_amplification:.2f} x the rows that items use")
+    assert rows["packing pays"].startswith(("after ", "never: "))
+    assert dict(summary_rows(all_rows))["packing pays"] == "at once: all rows that items use stay in memory"
 
 
 def test_belady_reads_less_than_static_reads_less_than_none(make_plan: Any) -> None:
