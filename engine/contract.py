@@ -64,7 +64,18 @@ def check_model(
     except Exception as error:
         if by_layer:
             raise
-        logger.warning("penstock infer will not be able to use this model: %s", error)
+        logger.warning("%s; as it is, export it with penstock infer --sampled", error)
+
+
+def goes_by_layer(model: nn.Module, *, num_layers: int, num_features: int, degrees: bool, weighted: bool) -> bool:
+    """Whether a model gives layer by layer what it gives as a whole, on two nodes."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x = torch.linspace(-1, 1, 2 * num_features, device=device).reshape(2, num_features)
+    try:
+        check_layer_forward(model, [_block(degrees, weighted).to(device) for _ in range(num_layers)], x)
+    except Exception:  # whatever it is that a user's module raises there, it does not go
+        return False
+    return True
 
 
 def _forward(model: nn.Module, blocks: list[Block], x: Tensor) -> Any:

@@ -25,7 +25,7 @@ from torch import nn
 
 from penstock.engine.aggregate import uses_kernels
 from penstock.engine.minibatch import Block
-from penstock.engine.models import layer_forward
+from penstock.engine.models import count_layers, layer_forward
 from penstock.engine.rowtable import RowTable, buffer_bytes
 from penstock.engine.tablekey import function_digest, probe_layers
 from penstock.engine.topology import ChunkCosts, InEdges, count_self_loops
@@ -95,17 +95,6 @@ class LayerTable:
         if len(node_ids) and (not self.num_rows or (self.ids[rows] != node_ids).any()):
             raise ValueError("a node was asked for that is not among the targets; pass it in `targets`")
         return rows
-
-
-def count_layers(model: nn.Module) -> int:
-    """L; ValueError where the model cannot be computed layer by layer because it has no `layers`."""
-    layers = getattr(model, "layers", None)
-    if layers is None:
-        raise ValueError(
-            f"{type(model).__name__} has no `layers`, so it cannot be computed layer by layer; give it `layers` and "
-            "layer_forward(layer, block, x), or evaluate by sampling"
-        )
-    return len(layers)
 
 
 def single_block(device: torch.device) -> Block:

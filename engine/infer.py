@@ -1,6 +1,7 @@
 """Write embeddings and predictions of a trained model to Parquet, under the user's own node ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from penstock.engine.exact import LayerTable, count_layers, exact_tables
+from penstock.engine.exact import LayerTable, exact_tables
 from penstock.engine.layered import uses_initial
 from penstock.engine.minibatch import MiniBatch
-from penstock.engine.models import layer_forward
+from penstock.engine.models import count_layers, layer_forward
 from penstock.engine.outputs import Outputs
 from penstock.storage.budget import require_free_disk
-from penstock.storage.export import NodeTableWriter
+from penstock.storage.export import ColumnType, NodeTableWriter
 from penstock.storage.graph import GraphStore
 from penstock.storage.npyfile import drop_pages
 from penstock.storage.progress import Progress, silent
 
 _ROWS = 1 << 16  # rows per group of the Parquet file
-_Part = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]  # node ids, embeddings, logits
+_Rows = NDArray[np.float32]
+_Part = tuple[NDArray[Any], _Rows | None, _Rows]  # node ids, embeddings where there are any, logits
 
 
 def _choose_layer(model: nn.Module, embedding_layer: int | None) -> int:
@@ -37,23 +39,22 @@ def _embedding_width(model: nn.Module, layer: int, columns: int) -> int:
     return columns // 2 if uses_initial(model) and layer < count_layers(model) else columns
 
 
-def _write(graph: GraphStore, out: Path, widths: tuple[int, int], parts: Iterator[_Part], outputs: Outputs) -> int:
+def _write(
+    graph: GraphStore, out: Path, widths: tuple[int | None, int], parts: Iterator[_Part], outputs: Outputs
+) -> int:
     embedding_width, num_classes = widths
-    columns = {
-        "embedding": ("float32", embedding_width),
-        "logits": ("float32", num_classes),
-        "prediction": outputs.column(num_classes),
-    }
+    columns: dict[str, ColumnType] = {} if embedding_width is None else {"embedding": ("float32", embedding_width)}
+    columns |= {"logits": ("float32", num_classes), "prediction": outputs.column(num_classes)}
     with NodeTableWriter(out, graph, columns) as writer:
         for ids, embeddings, logits in parts:
             values = {"embedding": embeddings, "logits": logits, "prediction": outputs.predictions(logits)}
-            writer.append(ids, values)
+            writer.append(ids, {name: value for name, value in values.items() if value is not None})
     return writer.num_rows
 
 
 def _table_parts(
     embeddings: LayerTable, logits: LayerTable, nodes: NDArray[Any] | None, num_nodes: int
-) -> Iterator[_Part]:
+) -> Iterator[tuple[NDArray[Any], _Rows, _Rows]]:
     embedding_rows, logit_rows = embeddings.open(), logits.open()
     total = num_nodes if nodes is None else len(nodes)
     for lo in range(0, total, _ROWS):
@@ -106,34 +107,67 @@ def infer_to_parquet(
 
 @torch.no_grad()
 def infer_feed_to_parquet(
-    model: nn.Module, graph: GraphStore, out: Path, feed: Iterable[MiniBatch], *, embedding_layer: int | None = None
+    model: nn.Module,
+    graph: GraphStore,
+    out: Path,
+    feed: Iterable[MiniBatch],
+    *,
+    by_layer: bool = True,
+    embedding_layer: int | None = None,
+    outputs: Outputs | None = None,
 ) -> int:
-    """As `infer_to_parquet`, for the seeds of a feed, over the neighbours that were sampled for them."""
-    layer = _choose_layer(model, embedding_layer)
-    was_training = model.training
+    """As `infer_to_parquet`, for the seeds of a feed, over the neighbours that were sampled for them.
+
+    Without `by_layer` the model is called as a whole, as any can be. Embeddings are then what its `embed(blocks, x)`
+    gives, [B, H]; there are none where it has no such method.
+    """
+    embed = _embed_by_layer(model, embedding_layer) if by_layer else _embed_as_a_whole(model)
+    was_training, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     try:
-        parts = _feed_parts(model, feed, layer)
+        on_device = (batch if batch.features.device.type == device.type else batch.to(device) for batch in feed)
+        parts = ((batch.seeds.cpu().numpy().copy(), *map(_rows, embed(batch))) for batch in on_device)
         first = next(parts, None)
         if first is None:
             raise ValueError("the feed has no items, so there is nothing to write; choose a split that has nodes")
-        widths = (first[1].shape[1], first[2].shape[1])
-        return _write(graph, out, widths, _chain(first, parts), Outputs.of(graph))
+        widths = (None if first[1] is None else first[1].shape[1], first[2].shape[1])
+        return _write(graph, out, widths, chain([first], parts), outputs or Outputs.of(graph))
     finally:
         model.train(was_training)
 
 
-def _chain(first: _Part, rest: Iterator[_Part]) -> Iterator[_Part]:
-    yield first
-    yield from rest
+def _rows(x: Tensor | None) -> Any:
+    return None if x is None else x.float().cpu().numpy().copy()
 
 
-def _feed_parts(model: nn.Module, feed: Iterable[MiniBatch], layer: int) -> Iterator[_Part]:
-    for batch in feed:
-        x: Tensor = batch.features
+_Embed = Callable[[MiniBatch], tuple[Tensor | None, Tensor]]
+
+
+def _embed_by_layer(model: nn.Module, embedding_layer: int | None) -> _Embed:
+    layer = _choose_layer(model, embedding_layer)
+
+    def embed(batch: MiniBatch) -> tuple[Tensor, Tensor]:
+        x = batch.features
         for n, block in enumerate(batch.blocks):
             x = layer_forward(model, n, block, x)
             if n + 1 == layer:
-                width = _embedding_width(model, layer, x.shape[1])
-                embeddings = x[: batch.num_seeds, :width].float().cpu().numpy().copy()
-        yield batch.seeds.cpu().numpy().copy(), embeddings, x.float().cpu().numpy().copy()
+                embeddings = x[: batch.num_seeds, : _embedding_width(model, layer, x.shape[1])].clone()
+        return embeddings, x
+
+    return embed
+
+
+def _embed_as_a_whole(model: nn.Module) -> _Embed:
+    own = getattr(model, "embed", None)
+
+    def embed(batch: MiniBatch) -> tuple[Tensor | None, Tensor]:
+        embeddings = None if own is None else own(batch.blocks, batch.features)
+        wanted = batch.num_seeds
+        if embeddings is not None and (embeddings.ndim != 2 or len(embeddings) != wanted):
+            raise ValueError(
+                f"{type(model).__name__}.embed(blocks, x) returned {list(embeddings.shape)} for {wanted} seeds; return "
+                "a row per destination of blocks[-1] (docs/models.md)"
+            )
+        return embeddings, model(batch.blocks, batch.features)
+
+    return embed

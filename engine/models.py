@@ -25,6 +25,7 @@ from penstock.engine.usermodule import load_class, make_module
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "elu": elu}
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": BatchNorm, "layer": LayerNorm}
+_OR_SAMPLED = "or evaluate and infer by sampling (evaluate.mode=sampled, penstock infer --sampled)"
 _DEEP = ("gcnii", "resgcn", "dagnn")
 
 
@@ -178,13 +179,30 @@ def layer_forward(model: nn.Module, layer: int, block: Block, x: Tensor) -> Tens
     if layers is None:
         raise ValueError(
             f"{type(model).__name__} has neither layer_forward(layer, block, x) nor layers, so it cannot be computed "
-            "layer by layer; add one of them, or evaluate by sampling"
+            f"layer by layer; add one of them, {_OR_SAMPLED}"
         )
     return layers[layer](block, x)  # type: ignore[no-any-return]
 
 
+def count_layers(model: nn.Module) -> int:
+    """L; ValueError where the model cannot be computed layer by layer because it has no `layers`."""
+    layers = getattr(model, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no `layers`, so it cannot be computed layer by layer; give it `layers` and "
+            f"layer_forward(layer, block, x), {_OR_SAMPLED}"
+        )
+    return len(layers)
+
+
 def check_layer_forward(model: nn.Module, blocks: Sequence[Block], x: Tensor) -> None:
-    """Raise ValueError unless the layers one by one give what `model(blocks, x)` gives, in evaluation mode."""
+    """Raise ValueError unless the layers one by one, as many as blocks, give what `model(blocks, x)` gives, in
+    evaluation mode."""
+    if count_layers(model) != len(blocks):
+        raise ValueError(
+            f"{type(model).__name__} has {count_layers(model)} `layers` for {len(blocks)} blocks, so it cannot be "
+            f"computed layer by layer; give it as many as there are fanouts, {_OR_SAMPLED}"
+        )
     was_training = model.training
     model.eval()
     try:
@@ -197,5 +215,5 @@ def check_layer_forward(model: nn.Module, blocks: Sequence[Block], x: Tensor) ->
     if whole.shape != by_layer.shape or not torch.allclose(whole, by_layer, rtol=1e-3, atol=1e-4):
         raise ValueError(
             f"{type(model).__name__} does not give layer by layer what it gives as a whole; add a method "
-            "layer_forward(layer, block, x) with all that forward does for that layer, or evaluate by sampling"
+            f"layer_forward(layer, block, x) with all that forward does for that layer, {_OR_SAMPLED}"
         )

@@ -15,7 +15,7 @@ from penstock.sampler.hopwise import sample_hopwise
 from penstock.sampler.itemwise import sample_itemwise
 from penstock.storage.budget import available_memory
 from penstock.storage.deal import Deal
-from penstock.storage.graph import GraphStore, Split
+from penstock.storage.graph import GraphStore, SeedSet
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import (
     Trace,
@@ -92,15 +92,15 @@ class SampleConfig(BaseModel):
         return self.fanouts if self.fanouts is not None else tuple(reversed(self.num_neighbors or ()))
 
 
-def count_items(graph: GraphStore, split: Split, batch_size: int) -> int:
-    """Items of an epoch of a split, the last one perhaps smaller."""
-    return -(-len(graph.split_ids(split)) // batch_size)
+def count_items(graph: GraphStore, split: SeedSet, batch_size: int) -> int:
+    """Items of an epoch of a split, or of all nodes, the last one perhaps smaller."""
+    return -(-graph.num_seeds(split) // batch_size)
 
 
 def make_trace_meta(
     graph: GraphStore,
     config: SampleConfig,
-    split: Split = "train",
+    split: SeedSet = "train",
     num_epochs: int = 1,
     *,
     shuffle: bool = True,
@@ -109,8 +109,7 @@ def make_trace_meta(
 ) -> TraceMeta:
     """Resolve what a trace will hold: all items, or those that a `deal` gives. ValueError where the graph cannot be
     sampled so."""
-    num_seeds = len(graph.split_ids(split))
-    if num_seeds == 0:
+    if graph.num_seeds(split) == 0:
         raise ValueError(f"{graph.path} has no nodes in its {split} split; choose another split or ingest one")
     if num_epochs < 1:
         raise ValueError(f"num_epochs={num_epochs} samples nothing; use at least 1")
@@ -140,10 +139,24 @@ def make_trace_meta(
     return meta
 
 
+def _first_bytes(graph: GraphStore, meta: TraceMeta, host_memory: int) -> int:
+    """Size of the first item's payload."""
+    return len(next(sample_itemwise(graph, meta, 0, 1, host_memory=host_memory, threads=1)))
+
+
 def _choose_window_items(graph: GraphStore, meta: TraceMeta, host_memory: int) -> int:
     """As many as fit a share of memory, judged by the first item; never by the number of threads."""
-    first = next(sample_itemwise(graph, meta, 0, 1, host_memory=host_memory, threads=1))
-    return max(1, min(_MAX_WINDOW_ITEMS, meta.num_items, payload_share(host_memory) // len(first)))
+    first_bytes = _first_bytes(graph, meta, host_memory)
+    return max(1, min(_MAX_WINDOW_ITEMS, meta.num_items, payload_share(host_memory) // first_bytes))
+
+
+def estimate_trace_bytes(
+    graph: GraphStore, config: SampleConfig, split: SeedSet, num_epochs: int, *, host_memory: int
+) -> int:
+    """What a trace will take on disk, judged by its first item."""
+    config = config.model_copy(update={"window_items": 1})
+    meta = make_trace_meta(graph, config, split, num_epochs, shuffle=False)
+    return meta.num_items * _first_bytes(graph, meta, host_memory)
 
 
 def choose_mode(graph: GraphStore, config: SampleConfig, host_memory: int) -> Literal["item", "hop"]:
@@ -181,7 +194,7 @@ def sample_trace(
     out: Path,
     config: SampleConfig,
     *,
-    split: Split = "train",
+    split: SeedSet = "train",
     shuffle: bool = True,
     num_epochs: int = 1,
     deal: Deal | None = None,

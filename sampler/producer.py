@@ -23,7 +23,7 @@ from penstock.storage.budget import Budgets
 from penstock.storage.children import start_child
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit, FormatError, Outgrown
-from penstock.storage.graph import Split
+from penstock.storage.graph import SeedSet
 from penstock.storage.manifest import read_json, write_json
 
 _ERROR = "error.json"
@@ -44,7 +44,8 @@ class Order:
     budgets: Budgets
     start_step: int
     stop_step: int
-    split: Split
+    split: SeedSet
+    shuffle: bool
     deal: Deal | None
     threads: int
 
@@ -68,6 +69,7 @@ def _work(_: Connection, parent: int, order: Order) -> None:
             start_step=order.start_step,
             stop_step=order.stop_step,
             split=order.split,
+            shuffle=order.shuffle,
             deal=order.deal,
             threads=order.threads,
         )
@@ -154,7 +156,8 @@ def start_producer(
     *,
     start_step: int,
     stop_step: int,
-    split: Split = "train",
+    split: SeedSet = "train",
+    shuffle: bool = True,
     deal: Deal | None = None,
     threads: int = 1,
 ) -> Producer:
@@ -172,6 +175,7 @@ def start_producer(
         start_step=start_step,
         stop_step=stop_step,
         split=split,
+        shuffle=shuffle,
         deal=deal,
         threads=threads,
     )

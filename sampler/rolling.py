@@ -34,7 +34,7 @@ from penstock.storage.budget import MIB, Budgets, format_bytes
 from penstock.storage.deal import Deal
 from penstock.storage.directio import PAGE
 from penstock.storage.errors import DoesNotFit, Outgrown
-from penstock.storage.graph import GraphStore, Split, open_graph
+from penstock.storage.graph import GraphStore, SeedSet, open_graph
 from penstock.storage.pack import PackSetMeta, feed_memory
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import TraceMeta, WindowIndex, window_name
@@ -217,7 +217,7 @@ def produce_windows(
     *,
     start_step: int,
     stop_step: int,
-    split: Split = "train",
+    split: SeedSet = "train",
     shuffle: bool = True,
     deal: Deal | None = None,
     threads: int = 1,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.kernels.seeds import hash_ids
-from penstock.storage.graph import GraphStore, Split
+from penstock.storage.graph import GraphStore
 from penstock.storage.trace import TraceMeta
 
 
@@ -28,12 +28,16 @@ def epoch_order(ids: NDArray[Any], seed: int, epoch: int, *, shuffle: bool = Tru
 
 
 @lru_cache(maxsize=2)  # windows that follow each other share an epoch, or two
-def _graph_order(graph: GraphStore, split: Split, seed: int, epoch: int, shuffle: bool) -> NDArray[Any]:
-    return epoch_order(graph.split_ids(split), seed, epoch, shuffle=shuffle)
+def _graph_order(graph: GraphStore, split: Any, seed: int, epoch: int, shuffle: bool) -> NDArray[Any]:
+    ids = np.arange(graph.num_nodes, dtype=graph.id_dtype) if split == "all" else graph.split_ids(split)
+    return epoch_order(ids, seed, epoch, shuffle=shuffle)
 
 
 def item_seeds(graph: GraphStore, meta: TraceMeta, item: int) -> NDArray[Any]:
     """Node ids that item `item` (of the trace) computes outputs for."""
     epoch, index = divmod(meta.whole_item(item), meta.whole_epoch_items)
+    if meta.split == "all" and not meta.shuffle:  # as many ids as nodes need not be there at once
+        first = index * meta.batch_size
+        return np.arange(first, min(first + meta.batch_size, graph.num_nodes), dtype=graph.id_dtype)
     order = _graph_order(graph, meta.split, meta.seed, epoch, meta.shuffle)
     return order[index * meta.batch_size : (index + 1) * meta.batch_size]

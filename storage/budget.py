@@ -13,6 +13,7 @@ from penstock.storage import cgroup
 from penstock.storage.errors import DoesNotFit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+Size = int | str  # bytes, or text like 4GiB, see `parse_bytes`
 _TOO_LARGE = 1 << 60  # sums of a few of them are to stay within 64 bits
 _UNITS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
 _UNITS |= {f"{unit}IB": factor for unit, factor in _UNITS.items() if unit not in ("", "B")}
@@ -48,6 +49,18 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.4g} TiB"
+
+
+def default_memory(fixed_bytes: int) -> int:
+    """A power of two, at most what fits beside a process of `fixed_bytes`: mostly the same at the next call, which then
+    finds what this one has made."""
+    fitting = max(MIB, default_host_bytes(fixed_bytes))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def default_disk(folder: Path) -> int:
+    """A power of two that is free: mostly the same at the next call."""
+    return 1 << max(0, free_disk(folder).bit_length() - 1)
 
 
 def _address_space_left() -> int:

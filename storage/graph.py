@@ -38,6 +38,7 @@ from penstock.storage.directio import IO_BYTES, PAGE
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import FileEntry, Manifest, read_manifest, validate_files, verify_once, write_manifest
 from penstock.storage.npyfile import drop_pages, open_npy, write_npy
+from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import ROW_DTYPES, RowDtype, RowFormat
 
@@ -53,6 +54,7 @@ UNKNOWN_FLAG = 255  # in every column of a multi-label row whose labels are unkn
 FeatureNorm = Literal["none", "row", "standard"]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+SeedSet = Literal["train", "valid", "test", "all"]  # whose outputs are computed: those of a split, or of every node
 
 
 def id_dtype(num_nodes: int) -> np.dtype[Any]:
@@ -97,6 +99,16 @@ class GraphStore:
     def num_edges(self) -> int:
         """E."""
         return self.meta.num_edges
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.meta.num_features
+
+    @property
+    def num_classes(self) -> int:
+        """C; 0 where the graph has no labels."""
+        return self.meta.num_classes
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -210,6 +222,10 @@ class GraphStore:
         """Ascending node ids of a split; empty where the graph has none."""
         return self._map(f"{split}_ids.npy")
 
+    def num_seeds(self, seeds: SeedSet) -> int:
+        """How many nodes a split has, or the graph; nothing is read."""
+        return self.num_nodes if seeds == "all" else self.num_rows(f"{seeds}_ids.npy")
+
     def original_ids(self, lo: int, hi: int) -> Any:
         """The user's ids of nodes lo..hi-1, as an int64 array or a list of strings."""
         return self.original_ids_of(np.arange(lo, hi, dtype=np.int64))
@@ -295,7 +311,7 @@ def graph_manifest(meta: GraphMeta, files: tuple[FileEntry, ...]) -> Manifest:
     return Manifest(format=FORMAT, version=VERSIONS[-1], meta=known, files=files)
 
 
-def open_graph(path: Path | str) -> GraphStore:
+def open_graph(path: AnyPath) -> GraphStore:
     """Open a graph store; FormatError where the folder is not one, is incomplete or has files of other sizes."""
     path = Path(path)
     manifest = read_manifest(path, FORMAT, VERSIONS)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
     from penstock.engine.trainer import TrainConfig as TrainConfig
     from penstock.epochs import EpochRecord as EpochRecord
     from penstock.inference import infer as infer
+    from penstock.loader import Loader as Loader
+    from penstock.loader import open_feed as open_feed
     from penstock.sampler.neighbors import SampleConfig as SampleConfig
     from penstock.sampler.neighbors import sample_trace as sample_trace
     from penstock.sampler.packer import write_packs as write_packs
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
     from penstock.storage.ingest import ingest_parquet as ingest_parquet
     from penstock.storage.ingest import ingest_pyg as ingest_pyg
     from penstock.storage.trace import open_trace as open_trace
+    from penstock.tables import write_nodes as write_nodes
     from penstock.training import train as train
 
 __version__ = "0.1.0"
@@ -53,6 +56,7 @@ _HOMES = {
     "GenerateConfig": "penstock.storage.generate",
     "GraphStore": "penstock.storage.graph",
     "IngestOptions": "penstock.storage.ingest",
+    "Loader": "penstock.loader",
     "MiniBatch": "penstock.engine.minibatch",
     "ModelConfig": "penstock.engine.models",
     "PlanConfig": "penstock.sampler.plan",
@@ -68,6 +72,7 @@ _HOMES = {
     "ingest_pyg": "penstock.storage.ingest",
     "load_config": "penstock.config",
     "load_model": "penstock.engine.modelfile",
+    "open_feed": "penstock.loader",
     "open_graph": "penstock.storage.graph",
     "open_memory_feed": "penstock.engine.memory_feed",
     "open_pack_feed": "penstock.engine.feed",
@@ -75,6 +80,7 @@ _HOMES = {
     "plan_packs": "penstock.sampler.plan",
     "sample_trace": "penstock.sampler.neighbors",
     "train": "penstock.training",
+    "write_nodes": "penstock.tables",
     "write_packs": "penstock.sampler.packer",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

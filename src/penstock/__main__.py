@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -210,10 +210,16 @@ def infer(
     dataset: str | None = None,
     stage_dir: Path | None = None,
     split: Literal["all", "train", "valid", "test"] = "all",
+    sampled: bool = False,
+    fanouts: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     host_memory: str | None = None,
+    disk: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Write predictions and embeddings to Parquet, under the original ids, exact over all neighbours.
+
+    With --sampled over sampled ones, as evaluate.mode=sampled scores them: for any model, also one that cannot go layer
+    by layer.
 
     Args:
         run_dir: Run folder with a trained model, a path or a URI.
@@ -221,12 +227,26 @@ def infer(
         dataset: Graph store, a folder or a URI; default: the one the run was trained on.
         stage_dir: Local folder for copies of remote data.
         split: Nodes to write.
+        sampled: Sample neighbourhoods instead of taking all neighbours.
+        fanouts: Of --sampled: neighbours per layer, input side first; default: those of the run's evaluation.
         host_memory: Bytes that inference may use.
+        disk: Of --sampled: bytes of disk for packs. Default: a power of two that is free.
         quiet: No progress.
     """
     from penstock.run_verbs import run_infer
 
-    run_infer(run_dir, out, dataset=dataset, stage_dir=stage_dir, split=split, host_memory=host_memory, quiet=quiet)
+    run_infer(
+        run_dir,
+        out,
+        dataset=dataset,
+        stage_dir=stage_dir,
+        split=split,
+        sampled=sampled,
+        fanouts=fanouts,
+        host_memory=host_memory,
+        disk=disk,
+        quiet=quiet,
+    )
 
 
 @app.command

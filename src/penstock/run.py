@@ -54,7 +54,7 @@ from penstock.timings import Timings
 logger = logging.getLogger(__name__)
 
 _DERIVED = (
-    *("train", "valid", "test", "exact", "checkpoints", "model", "chunks", "features", "ranks", "local"),
+    *("train", "valid", "test", "exact", "sampled", "checkpoints", "model", "chunks", "features", "ranks", "local"),
     *("tensorboard", "tracking", "wandb"),
 )
 _MACHINE = "machine.json"

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from penstock.config import RunConfig
 
 
+def parse_fanouts(text: str) -> tuple[int, ...]:
+    """Read `10,15,20`; ValueError where it is anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--fanouts {text!r}: write integers like 10,15,20") from error
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -90,12 +98,7 @@ class RunOptions:
         """Compose the `RunConfig`; ValueError where it is wrong."""
         from penstock.config import load_config
 
-        fanouts = None
-        if self.fanouts is not None:
-            try:
-                fanouts = tuple(int(part) for part in self.fanouts.split(","))
-            except ValueError as error:
-                raise ValueError(f"--fanouts {self.fanouts!r}: write integers like 10,15,20") from error
+        fanouts = None if self.fanouts is None else parse_fanouts(self.fanouts)
         trace_steps = None
         if self.trace is not None:
             try:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from penstock.chunked_choice import compare_ranks, forecast_ranks, pick_fitting
 from penstock.chunked_prepare import cut_graph, prepare_ranks
@@ -18,10 +17,11 @@ from penstock.prepare import own_splits, plan_splits, prepare, read_memory, read
 from penstock.process_memory import forecast_rows
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model, open_run
+from penstock.run_options import parse_fanouts
 from penstock.sampler.estimate import summary_rows
 from penstock.stopping import stop_on_signals
-from penstock.storage.budget import format_bytes, parse_memory
-from penstock.storage.graph import Split
+from penstock.storage.budget import format_bytes
+from penstock.storage.graph import SeedSet
 from penstock.storage.manifest import write_json
 from penstock.summary import result_rows
 from penstock.training import train
@@ -139,15 +139,27 @@ def run_infer(
     *,
     dataset: Path | str | None,
     stage_dir: Path | None,
-    split: Split | Literal["all"],
+    split: SeedSet,
+    sampled: bool,
+    fanouts: str | None,
     host_memory: str | None,
+    disk: str | None,
     quiet: bool,
 ) -> None:
     """`penstock infer`."""
-    budget = None if host_memory is None else parse_memory(host_memory)
+    hops = None if fanouts is None else parse_fanouts(fanouts)
     with progress(quiet=quiet) as show:
         found = infer(
-            run_dir, out, dataset=dataset, stage_dir=stage_dir, split=split, host_memory=budget, progress=show
+            run_dir,
+            out,
+            dataset=dataset,
+            stage_dir=stage_dir,
+            split=split,
+            sampled=sampled,
+            fanouts=hops,
+            host_memory=host_memory,
+            disk=disk,
+            progress=show,
         )
     if quiet:
         print(json.dumps(found))
