@@ -64,7 +64,7 @@ def check_model(
     except Exception as error:
         if by_layer:
             raise
-        logger.warning("%s; as it is, export it with penstock infer --sampled", error)
+        logger.warning("penstock infer will need --sampled for this model: %s", error)
 
 
 def goes_by_layer(model: nn.Module, *, num_layers: int, num_features: int, degrees: bool, weighted: bool) -> bool:

@@ -20,7 +20,7 @@ from penstock.engine.buffers import GROWTH, BatchBuffer, make_batch
 from penstock.engine.device_tier import DeviceTier, gather_on_device, on_stream, side_stream
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Counters, Feed
-from penstock.storage.budget import format_bytes, num_threads
+from penstock.storage.budget import Size, format_bytes, num_threads, parse_memory
 from penstock.storage.errors import DoesNotFit, FormatError, Outgrown
 from penstock.storage.extents import (
     ExtentStream,
@@ -35,6 +35,7 @@ from penstock.storage.extents import (
 )
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import Extent, PackSetMeta, feed_memory, open_packset, read_pack_index, read_wrap
+from penstock.storage.paths import AnyPath
 from penstock.storage.pipe import PipeClosed
 from penstock.storage.table import RowSource, StoredRows
 from penstock.storage.tiers import HostTier, place_rows, restore
@@ -221,12 +222,12 @@ def feed_peak_bytes(
 
 
 def open_pack_feed(
-    packs: Path,
+    packs: AnyPath,
     graph: GraphStore | RowSource,
     *,
-    start_step: int,
+    start_step: int = 0,
     stop_step: int,
-    host_memory: int,
+    host_memory: Size,
     device: torch.device | str = "cpu",
     threads: int | None = None,
     producer_check: Callable[[], None] | None = None,
@@ -245,6 +246,7 @@ def open_pack_feed(
 
     Raises FormatError where packs are damaged or of another graph, DoesNotFit where `host_memory` is too small.
     """
+    packs, host_memory = Path(packs), parse_memory(host_memory)
     meta = open_packset(packs)
     rows = StoredRows(graph) if isinstance(graph, GraphStore) else graph
     if meta.graph != rows.fingerprint:

@@ -83,21 +83,23 @@ def open_memory_feed(
     graph: GraphStore,
     trace: Trace,
     *,
-    start_step: int,
-    stop_step: int,
+    start_step: int = 0,
+    stop_step: int | None = None,
     row_dtype: RowDtype | None = None,
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> Feed:
     """Open an iterator of the mini-batches of steps start_step <= s < stop_step; also a context manager.
 
-    Step s is item s % num_items. Features go through `row_dtype` (None: as stored), so that batches equal those of
-    packs of that dtype. Takes memory for the whole table. FormatError where the trace is of another graph, or of a
+    Step s is item s % num_items; by default it goes once over all items. Features go through `row_dtype` (None: as
+    stored), so that batches equal those of packs of that dtype. Takes memory for the whole table. FormatError where the
+    trace is of another graph, or of a
     release that sampled less (see `Trace.indexes`).
     """
     if trace.meta.graph != graph.fingerprint:
         raise FormatError(f"{trace.path} was sampled from another graph than {graph.path}; sample again")
     row_format = RowFormat(dtype=row_dtype or graph.meta.feature_dtype, width=graph.meta.num_features)
+    stop = trace.meta.num_items if stop_step is None else stop_step
     where, count = torch.device(device), num_threads() if threads is None else threads
     max_inputs = max((max(index.num_inputs) for index in trace.indexes()), default=0)
     table = load_features(graph, row_format)
@@ -105,4 +107,4 @@ def open_memory_feed(
     def open_source(steps: range) -> MemorySource:
         return MemorySource(trace, table, row_format, where, count)
 
-    return Feed(open_source, lambda: BatchBuffer(max_inputs, row_format.width, where), start_step, stop_step)
+    return Feed(open_source, lambda: BatchBuffer(max_inputs, row_format.width, where), start_step, stop)

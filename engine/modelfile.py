@@ -18,6 +18,7 @@ from penstock.engine.topology import count_self_loops
 from penstock.storage.errors import DataError, FormatError
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import checksum_file, read_json, write_atomic, write_json
+from penstock.storage.paths import AnyPath
 
 FORMAT = "penstock/model"
 VERSION = 1
@@ -92,8 +93,15 @@ def check_model_files(folder: Path) -> dict[str, Any]:
     return found
 
 
-def load_model(folder: Path) -> TrainedModel:
-    """Rebuild a saved model in evaluation mode; FormatError where its files are missing or do not belong together."""
+def load_model(folder: AnyPath) -> TrainedModel:
+    """Rebuild the model of a run, in evaluation mode: `penstock.load_model("runs/papers").model`.
+
+    `folder` is a run folder or the `model` folder in it. A module of yours is imported by the path that the run was
+    given. FormatError where files are missing or do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "model.json").is_file() and (folder / "model" / "model.json").is_file():
+        folder = folder / "model"
     value, path = check_model_files(folder), folder / "model.safetensors"
     try:
         config = ModelConfig.model_validate(value["model"])

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from penstock.sampler.footprint import payload_share, topology_bytes
 from penstock.sampler.hopwise import sample_hopwise
 from penstock.sampler.itemwise import sample_itemwise
-from penstock.storage.budget import available_memory
+from penstock.storage.budget import Size, available_memory, num_threads, parse_memory
 from penstock.storage.deal import Deal
 from penstock.storage.graph import GraphStore, SeedSet
+from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import (
     Trace,
@@ -191,15 +192,15 @@ def sample_window(
 
 def sample_trace(
     graph: GraphStore,
-    out: Path,
+    out: AnyPath,
     config: SampleConfig,
     *,
     split: SeedSet = "train",
     shuffle: bool = True,
     num_epochs: int = 1,
     deal: Deal | None = None,
-    host_memory: int,
-    threads: int,
+    host_memory: Size = "1GiB",
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> Trace:
     """Sample `num_epochs` epochs of a split into the trace folder `out`; finished windows are kept.
@@ -209,6 +210,7 @@ def sample_trace(
     DataError where `out` holds a trace of other settings, naming them; ValueError before anything is written where
     the graph cannot be sampled so.
     """
+    out, host_memory, threads = Path(out), parse_memory(host_memory), threads or num_threads()
     begun = read_trace_head(out)
     if begun is not None and config.window_items is None:
         config = config.model_copy(update={"window_items": begun.window_items})  # memory may differ, windows may not

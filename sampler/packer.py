@@ -16,7 +16,7 @@ from penstock.sampler.journal import Journal, delete_journal, read_journal
 from penstock.sampler.packing_pass import CHECKPOINT_S, PackingPass, Stale
 from penstock.sampler.pass_layout import PassMemory, fit_memory, lay_out, split_memory, split_passes
 from penstock.sampler.plan import Plan
-from penstock.storage.budget import format_bytes, require_free_disk
+from penstock.storage.budget import Size, format_bytes, parse_memory, require_free_disk
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import (
@@ -28,6 +28,7 @@ from penstock.storage.pack import (
     trace_digest,
     write_packset,
 )
+from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
 from penstock.storage.trace import Trace, window_name
 
@@ -38,9 +39,9 @@ def write_packs(
     plan: Plan,
     graph: GraphStore,
     trace: Trace,
-    out: Path,
+    out: AnyPath,
     *,
-    host_memory: int,
+    host_memory: Size,
     progress: Progress = silent,
     checkpoint_s: float = CHECKPOINT_S,
 ) -> PackSetMeta:
@@ -56,6 +57,7 @@ def write_packs(
         raise ValueError("the plan is for rolling windows, which are packed by produce_windows; plan with mode=reuse")
     if plan.meta.graph != graph.fingerprint or plan.meta.trace != trace_digest(trace.meta):
         raise DataError(f"the plan is not of graph {graph.path} and trace {trace.path}; plan again")
+    out, host_memory = Path(out), parse_memory(host_memory)
     _drop_begun_otherwise(out, plan.meta)
     begin_packset(out, plan.meta)
     if is_complete(out):

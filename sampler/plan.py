@@ -13,7 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from penstock.sampler.accesses import Accesses, open_accesses
-from penstock.sampler.estimate import DiskRates, PlanSummary, break_even, random_read_s
+from penstock.sampler.estimate import DiskRates, PlanSummary, break_even, measure_disk, random_read_s
 from penstock.sampler.layouts import Choice, Mode, Terms, choose_layout
 from penstock.sampler.movement import cyclic_future, take_census
 from penstock.sampler.policies import PolicyName
@@ -24,6 +24,7 @@ from penstock.storage.budget import Budgets
 from penstock.storage.errors import DataError
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import ExtentHead, PackMode, PackSetMeta, trace_digest
+from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
 from penstock.storage.rows import RowDtype, RowFormat
 from penstock.storage.trace import Trace, TraceMeta
@@ -170,20 +171,23 @@ def plan_packs(
     config: PlanConfig,
     budgets: Budgets,
     *,
-    disk_rates: DiskRates,
-    scratch: Path,
+    disk_rates: DiskRates | None = None,
+    scratch: AnyPath,
     progress: Progress = silent,
 ) -> Plan:
     """Plan the packs of a whole trace; its bulk goes to files in the folder `scratch`, which must outlive packing.
 
-    The same inputs and budgets give the same plan. Raises DoesNotFit, naming the smallest budget that would do, and
+    Rates of the disk are measured in `scratch` where they are not given. The same inputs, budgets and rates give the
+    same plan. Raises DoesNotFit, naming the smallest budget that would do, and
     DataError where the trace is of another graph. Memory: about 12 bytes per node of the graph and one item.
     """
     if trace.meta.graph != graph.fingerprint:
         raise DataError(
             f"{trace.path} was sampled from graph {trace.meta.graph}, {graph.path} is {graph.fingerprint}; sample again"
         )
+    scratch = Path(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
+    disk_rates = disk_rates or measure_disk(scratch)
     with open_accesses(trace) as accesses:
         progress("plan", 0, 4, "passes")
         planner = _TracePlanner(graph, trace, config, budgets, accesses, scratch)

@@ -23,11 +23,12 @@ from penstock.kernels.synthetic import (
     draw_splits,
     scatter_keys,
 )
-from penstock.storage.budget import num_threads, require_free_disk
+from penstock.storage.budget import Size, num_threads, parse_memory, require_free_disk
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import FEATURES, SPLITS, GraphMeta, GraphStore, id_dtype
 from penstock.storage.manifest import FileEntry
 from penstock.storage.npyfile import NpyWriter, drop_pages, open_npy
+from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
 from penstock.storage.resumable import StoreBuild, begin_build
 from penstock.storage.rows import RowDtype, RowFormat, encode_rows
@@ -217,28 +218,38 @@ class _Generator:
         return writer.entry
 
 
+_PLAIN = GenerateConfig()
+
+
 def _store_bytes(config: GenerateConfig) -> int:
     row_format = RowFormat(dtype=config.feature_dtype, width=config.num_features)
     edge_bytes = config.avg_degree * id_dtype(config.num_nodes).itemsize
     return int(config.num_nodes * (row_format.row_bytes + edge_bytes + 8 + 8 + 8))
 
 
-def generate_graph(out: Path, config: GenerateConfig, *, host_memory: int, progress: Progress = silent) -> GraphStore:
+def generate_graph(
+    out: AnyPath,
+    config: GenerateConfig = _PLAIN,
+    *,
+    host_memory: Size = "1GiB",
+    progress: Progress = silent,
+) -> GraphStore:
     """Write a synthetic graph store, or return it where it is there already.
 
     The bytes depend on `config` alone. ValueError where `out` holds something else; DoesNotFit where `host_memory` is
     below 4 MiB plus one row, or the disk is too small, before anything is written.
     """
+    out, host_memory = Path(out), parse_memory(host_memory)
     needed = _MIN_MEMORY + 4 * (4 * config.num_features)
     if host_memory < needed:
         raise DoesNotFit(
             f"host_memory={host_memory} is too small to generate this graph; use --host-memory {needed} or more"
         )
     identity = {"kind": "generate", "version": 1, "config": config.model_dump(mode="json")}
-    build = begin_build(Path(out), identity)
+    build = begin_build(out, identity)
     if isinstance(build, GraphStore):
         return build
-    require_free_disk(Path(out), _store_bytes(config), "this graph")
+    require_free_disk(out, _store_bytes(config), "this graph")
     writer = _Generator(build, config, min(_CHUNK_BYTES, host_memory // 4), progress)
     num_edges = int(build.step("indptr", writer.write_indptr)["num_edges"])
     build.step("indices", lambda: writer.write_indices(num_edges))

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from penstock.storage.deal import Deal
 from penstock.storage.errors import FormatError
 from penstock.storage.manifest import Manifest, checksum_file, is_published, read_json, read_manifest, write_manifest
+from penstock.storage.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -421,7 +422,7 @@ def is_complete(folder: Path, meta: TraceMeta) -> bool:
     return all(has_window(folder, n) and is_current(read_window_index(folder, n), meta) for n in windows)
 
 
-def open_trace(path: Path | str) -> Trace:
+def open_trace(path: AnyPath) -> Trace:
     """Open a published trace; FormatError where it is not one or is incomplete."""
     path = Path(path)
     value = read_manifest(path, FORMAT, VERSIONS).meta

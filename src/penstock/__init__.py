@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
     from penstock.sampler.packer import write_packs as write_packs
     from penstock.sampler.plan import PlanConfig as PlanConfig
     from penstock.sampler.plan import plan_packs as plan_packs
+    from penstock.storage.budget import Budgets as Budgets
     from penstock.storage.generate import GenerateConfig as GenerateConfig
     from penstock.storage.generate import generate_graph as generate_graph
     from penstock.storage.graph import GraphStore as GraphStore
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budgets": "penstock.storage.budget",
     "EpochRecord": "penstock.epochs",
     "GenerateConfig": "penstock.storage.generate",
     "GraphStore": "penstock.storage.graph",

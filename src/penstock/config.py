@@ -21,6 +21,7 @@ from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig, check_fanouts
 from penstock.sampler.plan import PlanConfig
 from penstock.storage.budget import parse_bytes, parse_memory
+from penstock.storage.paths import AnyPath
 from penstock.storage.redaction import refuse_secrets
 from penstock.storage.remote.config import RemoteConfig, is_uri, local_copy
 from penstock.tracking.config import TrackConfig
@@ -249,7 +250,7 @@ def _place_locally(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(
-    file: Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+    file: AnyPath | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Compose a configuration; `flags` have dotted keys and count only where they are not None.
 
@@ -259,6 +260,7 @@ def load_config(
     """
     value: dict[str, Any] = {}
     if file is not None:
+        file = Path(file)
         try:
             value = yaml.safe_load(file.read_text()) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:

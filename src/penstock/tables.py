@@ -1,5 +1,6 @@
 """Write values of nodes that a program of yours computes to Parquet, under the ids that the user knows."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.storage.export import ColumnType, NodeTableWriter
+from penstock.storage.export import ColumnType, NodeTableWriter, require_parquet_name
 from penstock.storage.graph import GraphStore, open_graph
 from penstock.storage.paths import AnyPath
 
@@ -44,6 +45,7 @@ def write_nodes(graph: GraphStore | AnyPath, out: AnyPath, parts: Iterable[tuple
 
     Raises ValueError for no parts at all, and for columns that are missing, unknown or misshapen.
     """
+    require_parquet_name(os.fspath(out))
     store = graph if isinstance(graph, GraphStore) else open_graph(graph)
     pairs = ((_array(ids), {name: _array(value) for name, value in columns.items()}) for ids, columns in parts)
     first = next(pairs, None)

@@ -130,9 +130,24 @@ def test_an_error_of_the_users_own_code_passes_as_it_is() -> None:
 
 def test_layers_that_do_not_add_up_are_told_where_they_are_needed(caplog: pytest.LogCaptureFixture) -> None:
     check_model(build(Own), **SHAPE, **TERMS)
-    assert "penstock infer will not be able to use this model" in caplog.text
+    assert "penstock infer will need --sampled for this model" in caplog.text
     with pytest.raises(ValueError, match="cannot be computed layer by layer"):
         check_model(build(Own), **SHAPE, **{**TERMS, "by_layer": True})
+
+
+def test_more_layers_than_blocks_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """It would give the same on two blocks, and exact passes would go through all three layers."""
+
+    class More(Own):
+        def __init__(self, num_features: int, num_classes: int) -> None:
+            super().__init__(num_features, num_classes)
+            self.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+
+        def layer_forward(self, layer: int, block: Block, x: Tensor) -> Tensor:
+            raise AssertionError("not called")
+
+    with pytest.raises(ValueError, match="More has 3 `layers` for 2 blocks"):
+        check_model(build(More), **SHAPE, **{**TERMS, "by_layer": True})
 
 
 @pytest.mark.parametrize("kind", ["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn"])

@@ -38,7 +38,7 @@ def train(graph: Path, run: Path, **options: Any) -> list[penstock.EpochRecord]:
     "options",
     [
         pytest.param(SAMPLED, id="packs"),
-        pytest.param({**SAMPLED, "feed": "memory"}, id="memory"),
+        pytest.param({**SAMPLED, "feed": "memory"}, id="memory", marks=pytest.mark.slow),
         pytest.param(CHUNKED, id="chunked"),
         pytest.param({**SAMPLED, "cluster.replicas": 2}, id="replicas", marks=pytest.mark.slow),
     ],
@@ -57,7 +57,9 @@ def test_every_epoch_is_told_once(graph: Path, tmp_path: Path, options: dict[str
     assert told[0].left_s == pytest.approx(2 * told[0].epoch_s) and told[-1].left_s == 0
 
 
-@pytest.mark.parametrize("options", [SAMPLED, CHUNKED], ids=["sampled", "chunked"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow), pytest.param(CHUNKED, id="chunked")]
+)
 def test_an_evaluation_of_the_last_epoch_alone_is_told_with_it(
     graph: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -14,6 +14,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
         ("custom_module", "torch"),
         pytest.param("deep_custom_model", "torch", marks=pytest.mark.slow),
         pytest.param("dgl_layers", "dgl", marks=pytest.mark.slow),
+        pytest.param("dgl_loop", "dgl", marks=pytest.mark.slow),
+        pytest.param("pyg_loop", "torch_geometric", marks=pytest.mark.slow),
         pytest.param("pyg_layers", "torch_geometric", marks=pytest.mark.slow),
     ],
 )
@@ -25,3 +27,5 @@ def test_examples_run_and_learn(name: str, needs: str, tmp_path: Path) -> None:
     losses = [float(value) for value in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 8
     assert losses[-1] < 0.75 * losses[0]
+    if name.endswith("_loop"):
+        assert float(done.stdout.partition("accuracy ")[2].split()[0]) > 0.5 and "20000 nodes written" in done.stdout

@@ -74,9 +74,9 @@ def column(path: Path, name: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "columns"),
     [
-        ("layers", ["id", "embedding", "logits", "prediction"]),
-        pytest.param("whole", ["id", "logits", "prediction"], marks=pytest.mark.slow),
-        ("embeds", ["id", "embedding", "logits", "prediction"]),
+        pytest.param("layers", ["id", "embedding", "logits", "prediction"], marks=pytest.mark.slow),
+        ("whole", ["id", "logits", "prediction"]),
+        pytest.param("embeds", ["id", "embedding", "logits", "prediction"], marks=pytest.mark.slow),
     ],
 )
 def test_it_writes_what_evaluation_scores(
@@ -117,6 +117,7 @@ def test_with_all_neighbours_it_equals_exact_outputs(trained: Path, tmp_path: Pa
         np.testing.assert_allclose(column(sampled, name), column(exact, name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_budgets_change_nothing(trained: Path, graph: penstock.GraphStore, tmp_path: Path) -> None:
     """Windows that roll through a disk that holds a part of them, and a host tier smaller than the features."""
     small, large = tmp_path / "small.parquet", tmp_path / "large.parquet"

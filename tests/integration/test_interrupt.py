@@ -29,7 +29,7 @@ MODES = {
         **{"model.num_layers": 2, "model.dropout": 0},
     },
 }
-_SLOW = ("rolling", "replicas", "ranks")
+_SLOW = ("memory", "rolling", "replicas", "ranks")
 ALL_MODES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in MODES]
 KILLED = """
 import json, os, signal, sys
@@ -112,6 +112,7 @@ def test_a_second_interrupt_ends_it_at_once(graph: Path, tmp_path: Path) -> None
     assert result["status"] == "ok" and result["resumed_from"] > 0
 
 
+@pytest.mark.slow
 def test_a_programs_own_handler_stays_and_its_interrupt_says_stopped(graph: Path, tmp_path: Path) -> None:
     run, handled = tmp_path / "run", list[int]()
 
