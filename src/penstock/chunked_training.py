@@ -174,7 +174,7 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         num_classes=meta.num_classes,
         fanouts=(-1,) * len(model.layers),  # type: ignore[arg-type]  # a ModuleList
         outputs=Outputs.of(run.graph),
-        extra={"graph": run.graph.fingerprint},
+        extra=run.model_facts(),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]

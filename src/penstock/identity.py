@@ -1,7 +1,8 @@
 """What the weights in a run folder were made of: content and configuration, never a path.
 
 It lies with the weights, in every checkpoint and in `result.json`, so a folder without weights belongs to nobody. What
-`auto` leaves open is in it as it was chosen (pack mode, who cuts the graph, parts), and a run that goes on keeps it.
+`auto` leaves open is in it as it was chosen (pack mode, who cuts the graph, parts), and a run that goes on keeps it. Of
+a user's module it has digests of the code that the weights began with: other code is no reason to refuse, but told.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,14 @@ from typing import Any
 
 from penstock.config import RunConfig
 from penstock.engine.checkpoint import list_checkpoints
+from penstock.engine.usermodule import load_class
+from penstock.engine.usersource import differing, sources_of
 from penstock.storage.errors import FormatError
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import read_json
 
 Keys = dict[str, Any]
+SOURCE = "model.source"  # key of the digests of a user's code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,22 +111,39 @@ def require_same(config: RunConfig, graph: GraphStore, trained: Trained) -> None
     wanted = identity_of(config, graph)
     found = {key: (trained.keys.get(key), wanted.get(key)) for key in trained.keys.keys() | wanted.keys()}
     auto = {"plan.mode", "chunked.partition"} & {key for key, (_, asked) in found.items() if asked == "auto"}
-    differing = {key: pair for key, pair in sorted(found.items()) if pair[0] != pair[1] and key not in auto}
-    if (graphs := differing.pop("graph", None)) is not None:
+    apart = auto | {SOURCE}  # which may differ, see `changed_code`
+    others = {key: pair for key, pair in sorted(found.items()) if pair[0] != pair[1] and key not in apart}
+    if (graphs := others.pop("graph", None)) is not None:
         raise ValueError(
             f"{place} was trained on graph {graphs[0]}, and {config.remote.dataset or config.dataset} is graph "
             f"{graphs[1]} now; give the graph it was trained on, {remedy}"
         )
-    if differing:
-        values = ", ".join(f"{key} ({there} there, {asked} asked)" for key, (there, asked) in differing.items())
+    if others:
+        values = ", ".join(f"{key} ({there} there, {asked} asked)" for key, (there, asked) in others.items())
         ends = " (with this train.schedule the rate of every step depends on the number of epochs)"
-        why = ends if "train.epochs" in differing and config.train.knows_its_end else ""
+        why = ends if "train.epochs" in others and config.train.knows_its_end else ""
         raise ValueError(f"{place} was trained with other values of {values}{why}; use them, {remedy}")
     if config.train.epochs < trained.epochs:
         raise ValueError(
             f"{place} has {trained.epochs:.4g} epochs behind it, train.epochs={config.train.epochs} asks for fewer; "
             f"ask for more, {remedy}"
         )
+
+
+def code_of(config: RunConfig) -> Keys:
+    """The key for digests of a user's module and what it imports; none for models of ours."""
+    if config.model.module is None:
+        return {}
+    return {SOURCE: sources_of(load_class(config.model.module))}
+
+
+def changed_code(config: RunConfig, trained: Trained) -> str | None:
+    """What to say where a user's code is not the one that weights began with."""
+    there, now = trained.keys.get(SOURCE), code_of(config).get(SOURCE)
+    if there is None or now is None or not (names := differing(there, now)):
+        return None
+    place = config.remote.run_dir or config.run_dir
+    return f"the code of {', '.join(names)} changed since the weights in {place} were made"
 
 
 def _stopped_early(trained: Trained) -> bool:

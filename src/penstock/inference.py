@@ -1,5 +1,6 @@
 """`penstock infer`: predictions and embeddings of a trained run, to Parquet, under the original ids."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from penstock.engine.minibatch import MiniBatch
 from penstock.engine.modelfile import TrainedModel, load_model
 from penstock.engine.outputs import Outputs
 from penstock.engine.products import torch_threads
+from penstock.engine.usersource import differing, sources_of
+from penstock.identity import SOURCE
 from penstock.loader import FeedOrder, open_loader
 from penstock.locations import local_dataset, local_output, local_run
 from penstock.prepare import sample_config
@@ -30,6 +33,8 @@ from penstock.storage.graph import GraphStore, SeedSet, open_graph
 from penstock.storage.manifest import no_folder
 from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +146,23 @@ def _open(
             "give the dataset that it was trained on"
         )
     trained.check_graph(graph)
+    _tell_changed_code(trained, run_dir)
     Outputs.from_json(trained.outputs, graph).check_features(graph)
     if trained.config.edge_weights and not graph.meta.has_edge_weights:
         raise DataError(
             f"{graph.path} has no edge weights, by which the model's means are weighted; ingest the graph with weights"
         )
     return trained, graph
+
+
+def _tell_changed_code(trained: TrainedModel, run_dir: Path) -> None:
+    there = trained.extra.get(SOURCE)
+    if there is not None and (names := differing(there, sources_of(type(trained.model)))):
+        logger.warning(
+            "the code of %s changed since the model in %s was trained; predictions are of the code as it is now",
+            ", ".join(names),
+            run_dir,
+        )
 
 
 def _write_exact(job: _Job, path: Path) -> int:

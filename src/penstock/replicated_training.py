@@ -127,7 +127,7 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
         outputs=Outputs.of(run.graph),
-        extra={"graph": run.graph.fingerprint},
+        extra=run.model_facts(),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     trained, reports = found.trained, found.reports

@@ -36,7 +36,18 @@ from penstock.engine.checkpoint import delete_checkpoints
 from penstock.engine.models import build_model
 from penstock.engine.trainer import Stopped, seed_step
 from penstock.host_budget import choose_host_bytes
-from penstock.identity import Keys, Trained, identity_of, read_trained, require_same, settle
+from penstock.identity import (
+    SOURCE,
+    Keys,
+    Trained,
+    changed_code,
+    code_of,
+    has_all_epochs,
+    identity_of,
+    read_trained,
+    require_same,
+    settle,
+)
 from penstock.preflight import check, has_labels
 from penstock.process_memory import process_bytes
 from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
@@ -93,7 +104,17 @@ class Run:
 
     def identity(self, **chosen: Any) -> Keys:
         """What the weights of this run depend on; `chosen` has what `auto` came to, under dotted keys."""
-        return identity_of(self.config, self.graph, chosen)
+        kept = (
+            None
+            if self.trained is None
+            else {key: self.trained.keys[key] for key in {SOURCE} & self.trained.keys.keys()}
+        )
+        code = code_of(self.config) if kept is None else kept
+        return identity_of(self.config, self.graph, {**chosen, **code})
+
+    def model_facts(self) -> dict[str, Any]:
+        """What is kept with a trained model: its graph, and a user's code as it was at the end."""
+        return {"graph": self.graph.fingerprint, **code_of(self.config)}
 
     def progress(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         """Show how far a step is, and end it if the run was asked to stop; it continues where it is.
@@ -262,6 +283,18 @@ def open_run(
                 yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes, status=status)
 
 
+def _tell_changed_code(config: RunConfig, trained: Trained, *, if_changed: bool) -> None:
+    """Warn where a user's code is not the one that weights began with; ValueError where that is to train anew."""
+    changed = changed_code(config, trained)
+    if changed is None:
+        return
+    if if_changed:
+        raise ValueError(changed)
+    is_done = has_all_epochs(config, trained)
+    so = "its result is of the code before" if is_done else "training goes on with the code as it is now"
+    logger.warning("%s; %s. To train anew with it: --resume=false, which keeps the packs", changed, so)
+
+
 def _take_up(
     config: RunConfig, graph: GraphStore, *, resume: bool, if_changed: bool
 ) -> tuple[RunConfig, Trained | None]:
@@ -271,6 +304,7 @@ def _take_up(
         if trained is not None and resume:
             settled = settle(config, trained)
             require_same(settled, graph, trained)
+            _tell_changed_code(settled, trained, if_changed=if_changed)
             return settled, trained
     except ValueError as error:
         if not if_changed:

@@ -163,7 +163,7 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
         num_classes=meta.num_classes,
         fanouts=config.sampler.layer_fanouts,
         outputs=Outputs.of(run.graph),
-        extra={"graph": run.graph.fingerprint},
+        extra=run.model_facts(),
     )
     draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
