@@ -10,6 +10,7 @@ from torch import nn
 
 from penstock.chunked_prepare import PreparedRanks, prepare_ranks
 from penstock.config import RunConfig
+from penstock.curves import draw_curves
 from penstock.engine import recycled
 from penstock.engine.adapters import require
 from penstock.engine.chunked.backend import OpenBackend, Poll
@@ -26,7 +27,6 @@ from penstock.engine.outputs import Outputs
 from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.identity import Keys
 from penstock.observation import Observation
-from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.schedule_plot import draw_schedule
 from penstock.storage.budget import num_threads, trim_heap
@@ -176,10 +176,17 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
+    draw_curves(run.path, run.config.train.metric)
     artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]
     if trained.reports:
-        draw_schedule(trained.reports, prepared.layout, run.path / "schedule.png")
+        draw_schedule(
+            trained.reports,
+            prepared.layout,
+            run.path / "schedule.png",
+            epoch=trained.state.epochs_done,
+            bubble=_schedule(prepared, trained)["bubble"],
+            title=run.path.absolute().name,
+        )
         artefacts.append("schedule.png")
     return {
         "graph": run.graph.fingerprint,

@@ -174,6 +174,12 @@ def _defaults() -> dict[str, Any]:
     return found | {"sampler.fanouts": DEFAULT_FANOUTS}
 
 
+def _defaults_of(config: "RunConfig") -> dict[str, Any]:
+    """`_defaults`, with what follows from other keys."""
+    layers = {"model.num_layers": len(config.sampler.layer_fanouts)} if config.mode == "sampled" else {}
+    return _defaults() | layers
+
+
 def _values(config: "RunConfig") -> Iterator[tuple[str, Any]]:
     """Every key with its value; a mapping that is a value, as `model.kwargs`, counts as one."""
     for name in type(config).model_fields:
@@ -185,14 +191,24 @@ def _values(config: "RunConfig") -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{key}", getattr(value, key)) for key in own)
 
 
+def effective(config: "RunConfig") -> dict[str, Any]:
+    """The keys that something reads in this configuration, dotted, with their values."""
+    read = {key: value for key, value in _values(config)}
+    return {key: value for key, value in read.items() if all(row.when(config) for row in EFFECTS if row.covers(key))}
+
+
+def chosen(config: "RunConfig") -> dict[str, Any]:
+    """Of `effective`, those with another value than their default: what a configuration says that is its own."""
+    defaults = _defaults_of(config)
+    return {key: value for key, value in effective(config).items() if value not in (defaults[key], None)}
+
+
 def refuse_ineffective(config: "RunConfig", given: Collection[str] = ()) -> None:
     """ValueError that names every key which has another value than its default, or is `given`, and no effect.
 
     Only a configuration that was written out in full has keys without effect that say nothing: those at their defaults.
     """
-    defaults, problems = _defaults(), []
-    if config.mode == "sampled":
-        defaults = defaults | {"model.num_layers": len(config.sampler.layer_fanouts)}
+    defaults, problems = _defaults_of(config), []
     for key, value in _values(config):
         if value in (defaults[key], None) and key not in given:
             continue

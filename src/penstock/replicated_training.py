@@ -12,6 +12,7 @@ import torch
 
 from penstock.cluster.directory import Directory, open_directory
 from penstock.cluster.feeder_pool import open_feeder_processes
+from penstock.curves import draw_curves
 from penstock.engine.adapters import require
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.modelfile import save_model
@@ -20,7 +21,6 @@ from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.observation import Observation
 from penstock.replica import OPEN_REPLICA, ReplicaReport
 from penstock.replicated import Place, Replicated, train_replicas
-from penstock.report import draw_curves
 from penstock.run import Run
 from penstock.storage.budget import num_threads
 from penstock.timings import timings_section
@@ -129,7 +129,7 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
+    draw_curves(run.path, run.config.train.metric)
     trained, reports = found.trained, found.reports
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
     return {

@@ -1,6 +1,5 @@
-"""What a run leaves behind: `result.json`, the resolved configuration, `curves.png`."""
+"""What a run leaves behind: `result.json`, the page made of it, the resolved configuration."""
 
-import json
 import logging
 import subprocess
 import time
@@ -13,6 +12,8 @@ from penstock.config import RunConfig
 from penstock.exit_codes import exit_code
 from penstock.locations import publish_file
 from penstock.machine import hardware, versions
+from penstock.records import epoch_records
+from penstock.report_page import PAGE, write_page
 from penstock.storage import cgroup
 from penstock.storage.budget import children_peak_rss_bytes, peak_rss_bytes
 from penstock.storage.errors import DataError, DoesNotFit, FormatError
@@ -50,7 +51,10 @@ def write_result(
     error: BaseException | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
-    """Write `result.json` and, where asked, a copy, without secrets; both atomically, making parent folders."""
+    """Write `result.json` and, where asked, a copy, without secrets; both atomically, making parent folders.
+
+    Of a run that is done, `report.html` comes first: where there is such a result, everything is there.
+    """
     value: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": status,
@@ -71,6 +75,9 @@ def write_result(
     }
     value = redact(value)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if status == "ok" and config is not None:
+        write_page(path.parent, value, config)
+        value["artefacts"][PAGE] = str((path.parent / PAGE).resolve())
     write_json(path, value)
     if copy is not None:
         copy_result(path, copy)
@@ -107,50 +114,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}, wanted a mapping of keys; {remedy}")
     return value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; empty where there is none, and without lines that are damaged: nothing depends on it."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")):
-        try:
-            found += [json.loads(line)] if line else []
-        except ValueError as error:
-            logger.warning("%s, line %d is damaged and left out: %s", path, number + 1, error)
-    return found
-
-
-def epoch_records(metrics: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` says of whole epochs, one entry each: the last evaluation may have a line of its own."""
-    found: dict[int, dict[str, Any]] = {}
-    for line in read_metrics(metrics):
-        epoch = line.get("epoch")
-        if isinstance(epoch, int) and ("train_loss" in line or epoch in found):
-            found[epoch] = found.get(epoch, {}) | line
-    return [value for _, value in sorted(found.items())]
-
-
-def draw_curves(metrics: Path, out: Path) -> None:
-    """Plot loss and accuracies over epochs."""
-    import matplotlib  # 0.3 s that only the end of a run pays
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_metrics(metrics)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, axes in (("loss", left), ("valid_loss", left), ("valid_accuracy", right)):
-        points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None and "epoch" in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    figure.tight_layout()
-    temporary = out.with_name(f".{out.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
-    temporary.replace(out)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.live import format_amount, format_left, format_rate
-from penstock.report import epoch_records, read_config
+from penstock.records import epoch_records
+from penstock.report import read_config
 from penstock.status import NAME as STATUS
 from penstock.storage.budget import format_bytes
 from penstock.storage.errors import FormatError

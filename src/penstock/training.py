@@ -12,6 +12,7 @@ from torch import nn
 
 from penstock.chunked_training import train_chunked
 from penstock.config import RunConfig
+from penstock.curves import draw_curves
 from penstock.engine.evaluate import evaluate_exact, evaluate_feed
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.metrics import Metrics
@@ -26,7 +27,7 @@ from penstock.observation import Observation, observed
 from penstock.prepare import Prepared, prepare
 from penstock.remote_run import reopen
 from penstock.replicated_training import train_replicated
-from penstock.report import copy_result, draw_curves, write_result
+from penstock.report import copy_result, write_result
 from penstock.run import Run, make_model, open_run
 from penstock.sampler.row_source import read_row_error
 from penstock.stopping import soft_interrupt
@@ -165,7 +166,7 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path / "metrics.jsonl", run.path / "curves.png")
+    draw_curves(run.path, run.config.train.metric)
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
     return write_result(
         run.path / "result.json",

@@ -81,7 +81,8 @@ def test_everything_may_be_at_uris(
     assert weights_there(tmp_path) == straight
     run = bucket / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "machine.json", "metrics.jsonl", "result.json", "curves.png", "model", "checkpoints")
+        *("config.yaml", "machine.json", "metrics.jsonl", "result.json", "curves.png", "model", "checkpoints"),
+        "report.html",
     }
     assert json.loads((bucket / "results" / "one.json").read_bytes()) == json.loads((run / "result.json").read_bytes())
     assert train(on_host("another", store, tmp_path))["finished_at"], "done already"
