@@ -149,7 +149,8 @@ def train(
 
     Args:
         dataset: Graph store, a folder or a URI.
-        resume: Continue from the newest checkpoint (the default); --resume=false trains again on packs that are there.
+        resume: Continue from the newest checkpoint (the default); --resume=false trains again on packs that are there
+            and replaces weights and result, which --experiment NAME would keep.
         if_changed: Where weights of another graph or configuration are there, train anew instead of refusing.
         in_memory: Hold all features in memory instead of packs; the same items, losses and weights.
     """
@@ -207,6 +208,7 @@ def infer(
     run_dir: str,
     out: str,
     *,
+    experiment: str | None = None,
     dataset: str | None = None,
     stage_dir: Path | None = None,
     split: Literal["all", "train", "valid", "test"] = "all",
@@ -224,6 +226,7 @@ def infer(
     Args:
         run_dir: Run folder with a trained model, a path or a URI.
         out: Parquet file to write, a path or a URI.
+        experiment: Name of the experiment in the run folder whose model is to be used.
         dataset: Graph store, a folder or a URI; default: the one the run was trained on.
         stage_dir: Local folder for copies of remote data.
         split: Nodes to write.
@@ -238,6 +241,7 @@ def infer(
     run_infer(
         run_dir,
         out,
+        experiment=experiment,
         dataset=dataset,
         stage_dir=stage_dir,
         split=split,

@@ -99,7 +99,7 @@ def _resolve(run: Run, model: nn.Module) -> ChunkedConfig:
     config = run.config.chunked
     if config.devices is None or (config.stages, config.parts) != (1, 1):
         return config
-    path = run.path / _CHOICE
+    path = run.results / _CHOICE
     value = read_json(path) if path.is_file() else {}
     if value.get("devices") != config.devices or not {"stages", "parts"} <= set(value):
         choice = choose_ranks(run, model, lambda parts: cut_graph(run, parts))
@@ -277,7 +277,7 @@ def prepare_ranks(run: Run) -> PreparedRanks:
     config, chunks, sizes = with_remedy(run, lambda: _size(run, model))
     sizes.memory.check(run.budgets.host_bytes, total_memory())
     features = _features(run, chunks, config, model, sizes)
-    folder = run.path / "ranks"
+    folder = run.results / "ranks"
     specs = make_specs(
         graph=run.graph,
         chunks=chunks,

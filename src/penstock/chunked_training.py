@@ -81,8 +81,8 @@ def _train(run: Run, prepared: PreparedRanks, identity: Keys, watch: Observation
     trainer = ChunkedTrainer(
         prepared.specs,
         find_backend(config.model_copy(update={"budgets": budgets}), run.poll),
-        checkpoints=run.path / "checkpoints",
-        metrics=run.path / "metrics.jsonl",
+        checkpoints=run.results / "checkpoints",
+        metrics=run.results / "metrics.jsonl",
         evaluate=evaluate,
         identity={"run": identity},
         stop_requested=run.stop_requested,
@@ -109,7 +109,7 @@ def _score(run: Run, model: nn.Module) -> dict[Split, Metrics]:
         model,
         run.graph,
         run.labelled_splits,
-        run.path / "exact" / "train",
+        run.results / "exact" / "train",
         host_memory=run.budgets.host_bytes,
         threads=run.threads,
         device=_own_device(run),
@@ -167,7 +167,7 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
     around_s = began_s - prepare_s - sum(trained.times.values())
     times = {**trained.times, "start": trained.times["start"] + around_s}
     save_model(
-        run.path / "model",
+        run.results / "model",
         model,
         config.model,
         num_features=meta.num_features,
@@ -176,23 +176,26 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path, run.config.train.metric)
-    artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints", "chunks"]
+    draw_curves(run.results, run.config.train.metric)
+    artefacts = ["model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints"]
     if trained.reports:
         draw_schedule(
             trained.reports,
             prepared.layout,
-            run.path / "schedule.png",
+            run.results / "schedule.png",
             epoch=trained.state.epochs_done,
             bubble=_schedule(prepared, trained)["bubble"],
-            title=run.path.absolute().name,
+            title=run.results.absolute().name,
         )
         artefacts.append("schedule.png")
     return {
         "graph": run.graph.fingerprint,
         "identity": identity,
         "metrics": _metrics(run, trained, found),
-        "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
+        "artefacts": {
+            **{name: str((run.results / name).resolve()) for name in artefacts},
+            "chunks": str((run.path / "chunks").resolve()),
+        },
         "timings": {
             **timings_section(
                 total_s=run.timings.total_s, prepare_s=prepare_s, steps=steps, train=times, test_s=test_s

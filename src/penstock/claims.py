@@ -13,6 +13,13 @@ logger = logging.getLogger(__name__)
 CLAIM = "made-of.json"
 
 
+def made_of(folder: Path) -> dict[str, Any]:
+    """What a folder says that it was derived from; empty where it says nothing."""
+    path = folder / CLAIM
+    found: dict[str, Any] = (read_json(path) if path.is_file() else {}).get("made_of", {})
+    return found
+
+
 def claim(
     folder: Path,
     made_of: dict[str, Any],
@@ -33,12 +40,14 @@ def claim(
         return
     is_same = there.get("made_of") == made_of
     if not (is_same and still_good()):
-        _clear(folder, kept if is_same else ())
+        before = there.get("made_of") or {}
+        differing = sorted(key for key in made_of if before.get(key) != made_of[key]) if before else ["what is unknown"]
+        _clear(folder, kept if is_same else (), "another plan" if is_same else ", ".join(differing))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
 
-def _clear(folder: Path, kept: tuple[str, ...]) -> None:
+def _clear(folder: Path, kept: tuple[str, ...], why: str) -> None:
     (folder / CLAIM).unlink(missing_ok=True)  # first: what is half deleted must not look usable
     found = (
         [path for path in folder.iterdir() if path.name not in kept and not path.name.startswith(".lock")]
@@ -46,7 +55,8 @@ def _clear(folder: Path, kept: tuple[str, ...]) -> None:
         else []
     )
     if found:
-        logger.info("%s was made of something else; clearing %s", folder, ", ".join(sorted(p.name for p in found)))
+        names = ", ".join(sorted(path.name for path in found))
+        logger.info("%s was made of something else (%s); clearing %s", folder, why, names)
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -17,6 +17,7 @@ from penstock.effects import refuse_ineffective
 from penstock.engine.chunked.config import ChunkedConfig
 from penstock.engine.models import ModelConfig
 from penstock.engine.trainer import TrainConfig
+from penstock.locations import EXPERIMENTS, experiment_place
 from penstock.overrides import assign, explain, flatten, parse_override
 from penstock.sampler.neighbors import SampleConfig, check_fanouts
 from penstock.sampler.plan import PlanConfig
@@ -79,6 +80,11 @@ class RunConfig(BaseModel):
 
     dataset: Path
     run_dir: Path
+    experiment: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of an experiment: its results lie in run_dir/experiments/NAME, on the packs of run_dir",
+    )
     mode: Literal["sampled", "chunked"] = "sampled"
     feed: Literal["packs", "memory"] = "packs"
     sampled_epochs: int = Field(default=2, ge=1, description="epochs sampled ahead and cycled in reuse mode")
@@ -176,6 +182,22 @@ class RunConfig(BaseModel):
         if self.remote.stage_dir is None and self.remote.run_dir is None:
             return self.run_dir / "local"
         return local_copy(self.remote.run_dir or str(self.run_dir.absolute()), "work", self.remote.stage_dir)
+
+    @property
+    def results_dir(self) -> Path:
+        """Folder of what belongs to weights, checkpoints and result; packs are in `run_dir`, for all experiments."""
+        return self.run_dir if self.experiment is None else self.run_dir / EXPERIMENTS / self.experiment
+
+    @property
+    def results_uri(self) -> str | None:
+        """The same of a run at a URI."""
+        uri = self.remote.run_dir
+        return uri if uri is None else experiment_place(uri, self.experiment)
+
+    @property
+    def results_place(self) -> str:
+        """Where a user finds the results."""
+        return self.results_uri or str(self.results_dir)
 
     def identity(self) -> dict[str, Any]:
         """What the weights depend on beside the graph, flat: `{"train.lr": 0.01, ...}`; see `penstock.identity`."""

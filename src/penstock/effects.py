@@ -60,7 +60,6 @@ EFFECTS: tuple[Effect, ...] = (
     Effect(("cluster.feeders", "cluster.retries", "cluster.timeout_s"), "mode=sampled", _sampled),
     Effect(("chunked.",), "mode=chunked", _chunked),
     # sampling and packs
-    Effect(("sampler.degrees",), "traces of your own: in a run the model says whether it needs them", lambda c: False),
     Effect(
         ("sampler.method", "sampler.replace"),
         "a fanout other than -1, which takes all neighbours",

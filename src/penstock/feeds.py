@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, claim_split, deal_of, does_not_fit, sample_config, sample_split, train_budgets
+from penstock.prepare import Prepared, claim_split, deal_of, does_not_fit, sample_split, sampling_of, train_budgets
 from penstock.run import Run
 from penstock.sampler.producer import start_producer
 from penstock.sampler.sizing import ROLLING_SHARE
@@ -101,7 +101,7 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
             _with_budgets_of(run, start_producer)(
                 run.graph.path,
                 prepared.packs,
-                sample_config(run.config, "train"),
+                sampling_of(run, "train").config,
                 run.config.plan.model_copy(update={"mode": "rolling"}),
                 budgets,
                 start_step=start_step,

@@ -94,17 +94,18 @@ def _settle_parts(config: RunConfig, kept: Keys) -> RunConfig:
     if chunked.devices % parts:
         raise ValueError(
             f"chunked.devices={chunked.devices} is no multiple of the {parts} parts that the weights in "
-            f"{config.run_dir} were trained with, and they depend on it; use a multiple, or train anew (--force)"
+            f"{config.results_place} were trained with, and they depend on it; use a multiple, or train anew (--force)"
         )
     return config.model_copy(update={"chunked": chunked.resolved(chunked.devices // parts, parts)})
 
 
 def require_same(config: RunConfig, graph: GraphStore, trained: Trained) -> None:
     """ValueError, saying what differs and what to do, where the weights were made of something else."""
-    place = config.remote.run_dir or config.run_dir
+    place = config.results_place
+    other = "--experiment NAME" if config.experiment is None else "another --experiment NAME"
     remedy = (
-        "choose another --run-dir, or train anew: with --force (which deletes what is there), or penstock train "
-        "--if-changed (anew only where something changed)"
+        f"keep its results and train beside them on the same packs ({other}), choose another --run-dir, or train anew: "
+        "with --force (which deletes what is there), or penstock train --if-changed (anew only where something changed)"
     )
     if not trained.keys:
         raise ValueError(f"{place} does not say what its weights were made of: another version wrote it; {remedy}")
@@ -142,8 +143,7 @@ def changed_code(config: RunConfig, trained: Trained) -> str | None:
     there, now = trained.keys.get(SOURCE), code_of(config).get(SOURCE)
     if there is None or now is None or not (names := differing(there, now)):
         return None
-    place = config.remote.run_dir or config.run_dir
-    return f"the code of {', '.join(names)} changed since the weights in {place} were made"
+    return f"the code of {', '.join(names)} changed since the weights in {config.results_place} were made"
 
 
 def _stopped_early(trained: Trained) -> bool:

@@ -20,7 +20,7 @@ from penstock.engine.products import torch_threads
 from penstock.engine.usersource import differing, sources_of
 from penstock.identity import SOURCE
 from penstock.loader import FeedOrder, open_loader
-from penstock.locations import local_dataset, local_output, local_run
+from penstock.locations import experiment_place, experiments, local_dataset, local_output, local_run
 from penstock.prepare import sample_config
 from penstock.process_memory import process_bytes
 from penstock.report import read_config
@@ -51,10 +51,33 @@ class _Job:
     progress: Progress
 
 
+def _open_results(run: str, experiment: str | None, stage_dir: Path | None) -> Path:
+    """The folder of a trained model; DataError names experiments that have one, where this has none."""
+    place = experiment_place(run, experiment)
+    try:
+        folder, _ = local_run(place, stage_dir)
+    except DataError as error:
+        raise DataError(f"{error}{_others(run)}") from error
+    others = _others(run)
+    if not folder.is_dir():
+        raise DataError(f"{no_folder(folder, 'config.yaml')}{others}")
+    if not (folder / "config.yaml").is_file() and not others:
+        raise DataError(f"{folder} has no config.yaml: it is no run; give the folder of a run of penstock train")
+    if not (folder / "model" / "model.json").is_file():
+        raise DataError(f"{place} has no trained model; run penstock train with this run folder first{others}")
+    return folder
+
+
+def _others(run: str) -> str:
+    names = experiments(run)
+    return f"; there are experiments {', '.join(names)}: name one with --experiment" if names else ""
+
+
 def infer(
     run_dir: AnyPath,
     out: AnyPath,
     *,
+    experiment: str | None = None,
     dataset: AnyPath | None = None,
     stage_dir: AnyPath | None = None,
     split: SeedSet = "all",
@@ -77,6 +100,7 @@ def infer(
     Args:
         run_dir: The folder or URI of a run that `penstock.train` has finished.
         out: The file to write, a path or a URI; it appears whole at the end.
+        experiment: Name of the experiment in the run folder whose model is to be used.
         dataset: The graph store, a folder or a URI; default: the one that the run was trained on.
         stage_dir: Local folder for copies of remote data.
         split: Whose outputs to write: `train`, `valid`, `test`, or `all`.
@@ -98,7 +122,7 @@ def infer(
     if not sampled and (fanouts is not None or disk is not None):
         raise ValueError("fanouts and disk are for sampled=True (--sampled): exact outputs take all neighbours")
     stage = None if stage_dir is None else Path(stage_dir)
-    folder, _ = local_run(os.fspath(run_dir), stage)
+    folder = _open_results(os.fspath(run_dir), experiment, stage)
     trained, graph = _open(folder, None if dataset is None else os.fspath(dataset), stage, progress)
     job = _Job(
         run_dir=folder,
@@ -124,12 +148,6 @@ def _open(
     run_dir: Path, given: str | None, stage_dir: Path | None, progress: Progress
 ) -> tuple[TrainedModel, GraphStore]:
     """The model of a run and the graph to score; DataError where they do not go together."""
-    if not run_dir.is_dir():
-        raise DataError(no_folder(run_dir, "config.yaml"))
-    if not (run_dir / "config.yaml").is_file():
-        raise DataError(f"{run_dir} has no config.yaml: it is no run; give the folder of a run of penstock train")
-    if not (run_dir / "model" / "model.json").is_file():
-        raise DataError(f"{run_dir} has no trained model; run penstock train with this run folder first")
     trained = load_model(run_dir / "model")
     config = read_config(run_dir / "config.yaml")
     dataset = given or (config.get("remote") or {}).get("dataset") or Path(config["dataset"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.display import print_columns, print_table, progress
-from penstock.locations import local_dataset, local_run, seal_dataset
+from penstock.locations import EXPERIMENTS, experiment_place, experiments, local_dataset, local_run, seal_dataset
 from penstock.run_state import describe_state, epoch_table, state_rows
 from penstock.storage.budget import format_bytes
 from penstock.storage.chunks import open_chunks, validate_chunks
@@ -21,6 +21,7 @@ from penstock.storage.trace import open_trace
 from penstock.validation import validate_pack_window, validate_run, validate_trace_window
 
 Description = dict[str, Any]
+_LISTED = ("status", "mode", "metrics", "checkpoints")  # of every experiment
 
 
 def _validated(validate: bool) -> Description:
@@ -101,18 +102,23 @@ def describe_chunks(path: Path, *, validate: bool) -> Description:
 
 
 def describe_run(path: Path, *, validate: bool) -> Description:
-    """A run folder: its state, epochs, result, and packs where they are; `validate` reads every file of it."""
-    return {**describe_state(path), **(validate_run(path) | {"validated": True} if validate else {})}
+    """A run folder: its state, epochs, result, experiments, and packs where they are; `validate` reads every file."""
+    own = describe_state(path) if (path / "config.yaml").is_file() else {"kind": "run"}
+    named = {name: describe_state(path / EXPERIMENTS / name) for name in experiments(path)}
+    listed = {name: {key: found[key] for key in _LISTED} for name, found in named.items()}
+    checked = validate_run(path) | {"validated": True} if validate else {}
+    return {**own, **({"experiments": listed} if named else {}), **checked}
 
 
 def describe(path: Path, *, validate: bool = False) -> Description:
     """Find out what `path` is; DataError where it is nothing of ours."""
     kinds: list[tuple[str, Callable[..., Description]]] = [
         ("config.yaml", describe_run),
+        (EXPERIMENTS, describe_run),
         ("packset.json", describe_packs),
     ]
     for marker, describer in kinds:
-        if (path / marker).is_file():
+        if (path / marker).exists():
             return describer(path, validate=validate)
     if (path / MANIFEST).is_file():
         format = read_json(path / MANIFEST).get("format")
@@ -137,8 +143,15 @@ def describe_location(location: Path | str, *, validate: bool = False, stage_dir
     remote = open_remote(str(location))
     if remote.size(MANIFEST) is not None:
         return describe(local_dataset(location, stage_dir), validate=validate)
-    if remote.size("config.yaml") is None:
+    names = experiments(location)
+    if remote.size("config.yaml") is None and not names:
         raise DataError(f"{location} is no graph store or run: it has neither {MANIFEST} nor config.yaml")
+    named = {name: _describe_remote(experiment_place(location, name), stage_dir, validate=validate) for name in names}
+    own = _describe_remote(location, stage_dir, validate=validate) if remote.size("config.yaml") is not None else {}
+    return {"kind": "run", **own, **({"experiments": named} if named else {})}
+
+
+def _describe_remote(location: Path | str, stage_dir: Path | None, *, validate: bool) -> Description:
     folder, checkpoints = local_run(location, stage_dir)
     return {**describe(folder, validate=validate), "checkpoints": checkpoints}
 
@@ -174,7 +187,17 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _print_run(title: str, found: Description) -> None:
-    print_table(title, state_rows(found))
-    headings, rows = epoch_table(found)
-    if rows:
-        print_columns("epochs (* is the best)", headings, rows, ranks=(0, 0, *range(1, len(headings) - 2), 5))
+    if "status" in found:
+        print_table(title, state_rows(found))
+        headings, rows = epoch_table(found)
+        if rows:
+            print_columns("epochs (* is the best)", headings, rows, ranks=(0, 0, *range(1, len(headings) - 2), 5))
+    if named := found.get("experiments", {}):
+        print_table(f"experiments of {title}", [(name, _in_brief(its)) for name, its in named.items()])
+
+
+def _in_brief(experiment: Description) -> str:
+    metrics = experiment["metrics"]
+    figures = {"epochs": metrics.get("epochs"), **{key: metrics[key] for key in metrics if key.endswith("_accuracy")}}
+    shown = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items() if value is not None]
+    return ", ".join([experiment["status"], *shown])

@@ -127,7 +127,7 @@ def _name(config: RunConfig, options: KubernetesOptions) -> str:
                 f"--name {options.name!r}: write at most {_NAME_LENGTH} of a-z, 0-9 and hyphens, a letter first"
             )
         return options.name
-    place = str(config.remote.run_dir or config.run_dir.absolute()).rstrip("/")
+    place = (config.results_uri or str(config.results_dir.absolute())).rstrip("/")
     words = re.sub(r"[^a-z0-9]+", "-", f"penstock-{place.rsplit('/', 1)[-1].lower()}")
     # two runs called `daily` are two runs, and applying one must not replace the other
     digest = xxhash.xxh3_64_hexdigest(place.encode())[:8]

@@ -20,7 +20,7 @@ from penstock.exit_codes import INTERNAL, INTERRUPTED, OK, RETRY
 from penstock.identity import Trained, has_all_epochs, require_same, settle
 from penstock.kubernetes import cautions, render
 from penstock.launch_options import KubernetesOptions, SubmitOptions
-from penstock.locations import require_writable
+from penstock.locations import experiment_place, require_writable
 from penstock.portable import portable_config, spans_ray
 from penstock.report import copy_result
 from penstock.run_options import TrainOptions
@@ -90,8 +90,8 @@ def run_submit(config: RunConfig, options: SubmitOptions, *, how: How, copy: Pat
 
 def submission_id(config: RunConfig) -> str:
     """The same for the same run: of what decides its weights, as far as it is configured, and of its folder."""
-    run_dir, dataset = config.remote.run_dir or str(config.run_dir), config.remote.dataset or str(config.dataset)
-    place = f"{run_dir.rstrip('/')} {dataset.rstrip('/')} {config.train.epochs}"
+    dataset = config.remote.dataset or str(config.dataset)
+    place = f"{config.results_place.rstrip('/')} {dataset.rstrip('/')} {config.train.epochs}"
     return f"penstock-{config.digest()}-{xxhash.xxh3_64_hexdigest(place.encode())[:8]}"
 
 
@@ -100,7 +100,7 @@ def is_done(config: RunConfig) -> bool:
 
     Where it cannot, or is gone, the job is submitted again: whoever can read it says at once what is done.
     """
-    value = _read_result(f"{config.remote.run_dir or config.run_dir}/result.json")
+    value = _read_result(f"{config.results_place}/result.json")
     if value is None or value.get("status") != "ok":
         return False
     try:
@@ -122,7 +122,7 @@ def _graph_of(config: RunConfig) -> GraphStore:
 
 def _submit(jobs: "Jobs", value: dict[str, Any], *, wait: bool, how: How, say: Say) -> Submitted:
     job, is_new = _find_or_submit(jobs, value, how)
-    result = f"{value['run_dir'].rstrip('/')}/result.json"
+    result = f"{experiment_place(value['run_dir'], value['experiment']).rstrip('/')}/result.json"
     status, code, already_done = job.status, OK, job.succeeded and not is_new
     if already_done:
         say(f"{job.id}: already done; the result is in {result}\n")

@@ -16,6 +16,7 @@ from penstock.storage.remote.hostlock import flocked
 from penstock.storage.remote.pull import fetch
 from penstock.storage.remote.stage import read_remote_manifest, stage
 
+EXPERIMENTS = "experiments"  # folder in a run folder
 _FETCH_S = 600.0  # for another process that copies the same run
 
 
@@ -47,6 +48,20 @@ def local_run(location: Path | str, stage_dir: Path | None = None) -> tuple[Path
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{uri} has no config.yaml: there is no run; give the URI of a run folder")
     return folder, checkpoints
+
+
+def experiment_place(run: Path | str, experiment: str | None) -> str:
+    """Path or URI of the results of an experiment in a run folder; of the folder's own without a name."""
+    return str(run) if experiment is None else f"{str(run).rstrip('/')}/{EXPERIMENTS}/{experiment}"
+
+
+def experiments(location: Path | str) -> list[str]:
+    """Names of the experiments in a run folder, at a path or URI."""
+    if is_uri(location):
+        remote = open_remote(str(location))
+        found = remote.names(EXPERIMENTS)
+        return sorted(name for name in found if remote.size(f"{EXPERIMENTS}/{name}/config.yaml") is not None)
+    return sorted(path.parent.name for path in (Path(location) / EXPERIMENTS).glob("*/config.yaml"))
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Observation:
         told = (getattr(show, "epoch", None), *on_epoch)
         self._epochs = EpochWatch(config.train, tuple(listener for listener in told if listener is not None))
         self._on_ray = config.cluster.address is not None or config.chunked.backend == "ray"
-        self._run = config.run_dir.absolute().name
+        self._run = config.results_dir.absolute().name
         self._metrics: Any = None
         self._totals: dict[int, dict[str, float]] = {}
 
@@ -161,7 +161,7 @@ def observed(config: RunConfig, show: Progress, on_epoch: Sequence[OnEpoch | Non
 
     MissingDependency, at once, where a tracker's library is not installed.
     """
-    run_dir = config.run_dir
+    run_dir = config.results_dir
     with open_trackers(config.track.trackers, run_dir, flatten(config.model_dump(mode="json"))) as trackers:
         found = Observation(config, trackers, show, on_epoch)
         TRACE.watch(config.track.trace_steps)

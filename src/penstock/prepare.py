@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock.claims import claim
+from penstock.claims import claim, made_of
 from penstock.config import RunConfig
 from penstock.engine.exact import require_exact_memory
 from penstock.engine.models import needs_degrees
@@ -58,7 +58,7 @@ def sample_config(config: RunConfig, split: Split) -> SampleConfig:
 
     Without a host tier all rows of an item are in its extent, so a smaller item keeps it within evaluation's share.
     """
-    sampler = config.sampler.model_copy(update={"degrees": needs_degrees(config.model)})
+    sampler = config.sampler.model_copy(update={"degrees": config.sampler.degrees or needs_degrees(config.model)})
     if split == "train":
         return sampler
     fanouts = config.evaluate.fanouts
@@ -95,17 +95,39 @@ def train_epochs(run: Run) -> int:
     return min(config.sampled_epochs, config.train.epochs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a split is sampled, and how many epochs of it."""
+
+    config: SampleConfig
+    epochs: int
+
+
+def sampling_of(run: Run, split: Split) -> Sampling:
+    """As the run needs it; or as the folder has it where that has more, of which the run then uses a part: epochs that
+    training ends before, degrees that the model does not read."""
+    config, epochs = sample_config(run.config, split), train_epochs(run) if split == "train" else 1
+    there = made_of(run.path / split)
+    if there.get("degrees") is True:
+        config = config.model_copy(update={"degrees": True})
+    cycles = run.config.train.epochs > epochs or run.config.plan.mode == "rolling"
+    if split == "train" and not cycles:
+        epochs = max(epochs, int(there.get("epochs", 0)))
+    return Sampling(config=config, epochs=epochs)
+
+
 def sample_split(run: Run, split: Split) -> Trace:
     """Sample into `run/<split>/trace`."""
     is_done = is_published(run.path / split / "trace")
+    sampling = sampling_of(run, split)
     with _of_whole(_SAMPLE_MEMORY_SHARE * _share(run, "train")), run.timings.during("sample"):
         trace = sample_trace(
             run.graph,
             run.path / split / "trace",
-            sample_config(run.config, split),
+            sampling.config,
             split=split,
             shuffle=split == "train",
-            num_epochs=train_epochs(run) if split == "train" else 1,
+            num_epochs=sampling.epochs,
             deal=deal_of(run, split),
             host_memory=int(run.train_host_bytes * _SAMPLE_MEMORY_SHARE),
             threads=run.threads,
@@ -178,14 +200,13 @@ def _plan_config(run: Run, split: Split) -> PlanConfig:
 
 def claim_split(run: Run, split: Split) -> None:
     """Make sure that what the split's folder holds is of this graph, sampled so, and planned within these budgets."""
-    sampled = sample_config(run.config, split).model_dump(mode="json", exclude={"fanouts", "num_neighbors", "mode"})
-    deal = deal_of(run, split)
-    made_of = {
+    sampling, deal = sampling_of(run, split), deal_of(run, split)
+    wanted = {
         "graph": run.graph.fingerprint,
-        "epochs": train_epochs(run) if split == "train" else 1,
-        "fanouts": list(sample_config(run.config, split).layer_fanouts),
+        "epochs": sampling.epochs,
+        "fanouts": list(sampling.config.layer_fanouts),
         "deal": None if deal is None else asdict(deal),
-        **sampled,
+        **sampling.config.model_dump(mode="json", exclude={"fanouts", "num_neighbors", "mode"}),
     }
     config, folder = _plan_config(run, split), run.path / split
     if (folder / "plan.json").is_file() and config.mode not in ("auto", read_summary(run, split).mode):
@@ -193,7 +214,7 @@ def claim_split(run: Run, split: Split) -> None:
         shutil.rmtree(folder / "packs", ignore_errors=True)
     under = {"policy": config.policy, "row_dtype": config.row_dtype, "share": _host_share(run, split)}
     still_good = partial(_still_fits, run, split)
-    claim(folder, made_of, under | asdict(run.budgets), kept=("trace",), still_good=still_good)
+    claim(folder, wanted, under | asdict(run.budgets), kept=("trace",), still_good=still_good)
 
 
 def _host_share(run: Run, split: Split) -> int:

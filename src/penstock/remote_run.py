@@ -33,39 +33,39 @@ def staged_dataset(config: RunConfig, progress: Progress, stop: threading.Event)
 @contextmanager
 def held_run(config: RunConfig, stop: threading.Event) -> Iterator[Lock | None]:
     """Hold the lock of the run's URI; losing it sets `stop`, and the mirror then raises. None where there is no URI."""
-    if config.remote.run_dir is None:
+    if config.results_uri is None:
         yield None
         return
     owner = f"run {config.digest()} of {os.environ.get('USER', 'unknown user')}"
-    with hold(config.remote.run_dir, owner, on_lost=stop.set, waiting=lambda: _end_if_stopped(stop)) as lock:
+    with hold(config.results_uri, owner, on_lost=stop.set, waiting=lambda: _end_if_stopped(stop)) as lock:
         yield lock
 
 
 def bring_back(config: RunConfig, *, anew: bool) -> None:
     """Copy the run from its URI where that is newer than the folder; `anew` deletes it there instead."""
-    uri = config.remote.run_dir
+    uri = config.results_uri
     if uri is None:
         return
     if anew:
         forget(uri)
     else:
-        pull(uri, config.run_dir)
+        pull(uri, config.results_dir)
 
 
 def reopen(config: RunConfig) -> None:
     """Take the result away from a finished run that is to go on, so that no kill leaves it for that of all epochs."""
-    if config.remote.run_dir is not None:
-        open_remote(config.remote.run_dir).delete(RESULT)
-    (config.run_dir / RESULT).unlink(missing_ok=True)
+    if config.results_uri is not None:
+        open_remote(config.results_uri).delete(RESULT)
+    (config.results_dir / RESULT).unlink(missing_ok=True)
 
 
 @contextmanager
 def mirrored_run(config: RunConfig, lock: Lock | None) -> Iterator[None]:
     """Keep the run's URI up to date while open, and leave it so, also where the run fails or is stopped."""
-    if config.remote.run_dir is None:
+    if config.results_uri is None:
         yield
         return
-    with open_mirror(config.run_dir, config.remote.run_dir, lock=lock, promises=(Stopped,)):
+    with open_mirror(config.results_dir, config.results_uri, lock=lock, promises=(Stopped,)):
         yield
 
 

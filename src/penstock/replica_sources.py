@@ -78,7 +78,7 @@ def replica_folder(config: RunConfig, rank: int, replicas: int) -> Path:
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Clear the folder unless it holds the packs of this very run; and delete those of other numbers of replicas."""
+    """Clear the folder unless what it holds is of the same; and delete those of other numbers of replicas."""
     suffix = folder.name[folder.name.index("-of-") :]
     for other in folder.parent.glob("replica-*-of-*"):
         if not other.name.endswith(suffix):
@@ -93,8 +93,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 @contextmanager
-def own_folder(config: RunConfig, rank: int, replicas: int, fingerprint: str) -> Iterator[Path]:
-    """Hold the replica's folder: one of the attempt before this one may still be dying."""
+def own_folder(config: RunConfig, rank: int, replicas: int, made_of: dict[str, Any]) -> Iterator[Path]:
+    """Hold the replica's folder, cleared unless it is `made_of` the same: one of the attempt before this one may still
+    be dying."""
     folder = replica_folder(config, rank, replicas)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -105,7 +106,7 @@ def own_folder(config: RunConfig, rank: int, replicas: int, fingerprint: str) ->
                 f"{folder} is in use by {error}, which did not end within {config.cluster.timeout_s:g} s "
                 "(cluster.timeout_s); end it, or give another --stage-dir"
             ) from None
-        _claim(folder, {"run": config.digest(), "graph": fingerprint})
+        _claim(folder, made_of)
         yield folder
 
 
@@ -197,7 +198,8 @@ def open_own_packs(
             stack.enter_context(staged(config.remote.dataset, place, progress=progress))
             config = config.model_copy(update={"dataset": place})
         graph = open_graph(config.dataset)
-        folder = stack.enter_context(own_folder(config, rank, replicas, graph.fingerprint))
+        # how its splits were sampled, they say themselves: another experiment may find its packs here
+        folder = stack.enter_context(own_folder(config, rank, replicas, {"graph": graph.fingerprint}))
         own = _share_of_host(config, folder, sharing, device_bytes)
         yield OwnPacks(Run(own, graph, progress, threading.Event(), rank=rank, replicas=replicas))
 
@@ -309,7 +311,8 @@ def open_fed_items(
     config: RunConfig, rank: int, replicas: int, fed: Fed, *, sharing: int, device_bytes: int | None
 ) -> Iterator[FedItems]:
     """Be fed; see `open_own_packs`."""
-    with own_folder(config, rank, replicas, fed.fingerprint) as folder:
+    made_of = {"run": config.digest(), "graph": fed.fingerprint}  # what feeders sent has nothing else to say so
+    with own_folder(config, rank, replicas, made_of) as folder:
         own = _share_of_host(config, folder, sharing, device_bytes)
         given = own.budgets
         budgets = default_budgets(

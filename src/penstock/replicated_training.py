@@ -120,7 +120,7 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
     with opened as place:
         found = train_replicas(run, place, watch)
     save_model(
-        run.path / "model",
+        run.results / "model",
         found.model,
         config.model,
         num_features=meta.num_features,
@@ -129,14 +129,14 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path, run.config.train.metric)
+    draw_curves(run.results, run.config.train.metric)
     trained, reports = found.trained, found.reports
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
     return {
         "graph": run.graph.fingerprint,
         "identity": found.identity,
         "metrics": _metrics(run, found),
-        "artefacts": {name: str((run.path / name).resolve()) for name in artefacts},
+        "artefacts": {name: str((run.results / name).resolve()) for name in artefacts},
         "timings": timings_section(
             total_s=run.timings.total_s,
             prepare_s=found.prepare_s,

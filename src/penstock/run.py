@@ -1,19 +1,23 @@
 """A run folder: sample, plan, pack and train composed, each step skipped when done and continued when cut off.
 
-| in the folder | written by |
+| in the folder, for all experiments | written by |
 |---|---|
-| `config.yaml` | every verb that was accepted: the configuration as it is now |
 | `machine.json` | every verb: budgets and disk rates; what the user leaves open stays as it was found at first |
 | `train/`, `valid/`, `test/` | sampled: trace (deleted once packed), plan.json and packs of a split |
-| `chunks/`, `features/`, `ranks/` | chunked: the cut graph, packs of the chunks' features, scratch of the ranks |
-| `chunked.json` | chunked: the ranks that were chosen |
+| `chunks/`, `features/` | chunked: the cut graph, packs of the chunks' features |
+
+| beside them, or in `experiments/NAME/` | written by |
+|---|---|
+| `config.yaml` | every verb that was accepted: the configuration as it is now |
+| `ranks/`, `chunked.json` | chunked: scratch of the ranks, the ranks that were chosen |
 | `checkpoints/`, `metrics.jsonl` | training |
 | `model/`, `result.json`, `curves.png`, `schedule.png`, `report.html` | the end of training |
 | `status.json` | what the process is at, while there is one |
 
-Weights bind a folder: with checkpoints or a finished result, another graph or configuration is refused. Without, what
-is there is kept where it was made of the same (see `claims`), and cleared where it was not. Nothing is written before
-what was asked for has been checked (see `preflight`).
+Weights bind the place that they are in: with checkpoints or a finished result, another graph or configuration is
+refused. What they are made from is kept where it was made of the same (see `claims`), and cleared where it was not. One
+process at a time has the folder with all its experiments. Nothing is written before what was asked for has been checked
+(see `preflight`).
 """
 
 import logging
@@ -64,15 +68,13 @@ from penstock.timings import Timings
 
 logger = logging.getLogger(__name__)
 
-_DERIVED = (
-    *("train", "valid", "test", "exact", "sampled", "checkpoints", "model", "chunks", "features", "ranks", "local"),
-    *("tensorboard", "tracking", "wandb"),
-)
 _MACHINE = "machine.json"
 _TRAINING = ("train", "epoch", "valid", "test", "refresh")  # stages within training, which ends itself
 Item = TypeVar("Item")
-_DERIVED_FILES = (
-    *("config.yaml", _MACHINE, "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png"),
+_SHARED = ("train", "valid", "test", "chunks", "features", "local")
+_RESULTS = ("exact", "sampled", "checkpoints", "model", "ranks", "tensorboard", "tracking", "wandb")
+_RESULT_FILES = (
+    *("config.yaml", "metrics.jsonl", "result.json", "curves.png", "chunked.json", "schedule.png"),
     *("timeline.json", "status.json", "report.html"),
 )
 
@@ -96,7 +98,7 @@ class Run:
         self.rank, self.replicas, self.trained = rank, replicas, trained
         self.process_bytes = process_bytes() if empty_bytes is None else empty_bytes
         self.config, self.graph, self._show = config, graph, progress
-        self.path = config.run_dir
+        self.path, self.results = config.run_dir, config.results_dir
         self.timings, self.status = Timings(), status
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
@@ -225,7 +227,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             left = stack.enter_context(flocked(folder / ".lock"))
         except BlockingIOError as error:
-            raise InUse(f"{folder} is in use by {error}; wait for it, or choose another --run-dir") from None
+            raise InUse(
+                f"{folder} is in use by {error}; wait for it (its experiments take turns), or choose another --run-dir"
+            ) from None
         if left and socket.gethostname() not in left:
             # flock is kept among the processes of a host; some shared file systems keep it no further
             logger.warning(
@@ -237,10 +241,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _forget(config: RunConfig) -> None:
-    for name in _DERIVED:
+    """Delete results, and unless they are of one experiment among others, what they were made from."""
+    for name in _RESULTS:
+        shutil.rmtree(config.results_dir / name, ignore_errors=True)
+    for name in _RESULT_FILES:
+        (config.results_dir / name).unlink(missing_ok=True)
+    if config.experiment is not None:
+        return
+    for name in _SHARED:
         shutil.rmtree(config.run_dir / name, ignore_errors=True)
-    for name in _DERIVED_FILES:
-        (config.run_dir / name).unlink(missing_ok=True)
+    (config.run_dir / _MACHINE).unlink(missing_ok=True)
     shutil.rmtree(config.work_dir, ignore_errors=True)
 
 
@@ -264,22 +274,22 @@ def open_run(
 
     InUse where another process has it; ValueError where what was asked for cannot work (before anything is written), or
     where weights are there that were made of another graph or configuration (saying what differs); without `resume`
-    weights are deleted, with `if_changed` those of something else, with `force` all that is there. FormatError where
-    the dataset is none.
+    weights are deleted, with `if_changed` those of something else, with `force` all that is there, or of an experiment
+    its results. FormatError where the dataset is none.
     """
     stop = stop_requested or threading.Event()
     empty_bytes = process_bytes()  # before checks load some of the kernels that it counts as to be loaded
     with staged_dataset(config, progress, stop):
         graph = open_graph(config.dataset)
         check(config, graph)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        config.results_dir.mkdir(parents=True, exist_ok=True)
         with _locked(config.run_dir), held_run(config, stop) as lock:
             if force:
                 _forget(config)
             bring_back(config, anew=force or not resume)
             config, trained = _take_up(config, graph, resume=resume, if_changed=if_changed)
-            write_config(config.run_dir / "config.yaml", config, graph.fingerprint)
-            with mirrored_run(config, lock), closing(Status(config.run_dir)) as status:
+            write_config(config.results_dir / "config.yaml", config, graph.fingerprint)
+            with mirrored_run(config, lock), closing(Status(config.results_dir)) as status:
                 yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes, status=status)
 
 
@@ -299,7 +309,7 @@ def _take_up(
     config: RunConfig, graph: GraphStore, *, resume: bool, if_changed: bool
 ) -> tuple[RunConfig, Trained | None]:
     """The configuration as weights that are there settle it, and those weights, unless they are not wanted any more."""
-    trained = read_trained(config.run_dir)
+    trained = read_trained(config.results_dir)
     try:
         if trained is not None and resume:
             settled = settle(config, trained)
@@ -312,5 +322,5 @@ def _take_up(
         logger.warning("%s; training anew", error)
         bring_back(config, anew=True)
     if trained is not None:
-        _forget_weights(config.run_dir)
+        _forget_weights(config.results_dir)
     return settle(config, None), None

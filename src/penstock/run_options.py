@@ -25,6 +25,8 @@ class RunOptions:
 
     run_dir: str | None = None
     "Folder or URI of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
+    experiment: str | None = None
+    "Name of an experiment: its checkpoints, model and result lie in RUN_DIR/experiments/NAME, on the packs of RUN_DIR."
     config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None
     "YAML file with the whole configuration."
     set: list[str] = field(default_factory=list)
@@ -108,6 +110,7 @@ class RunOptions:
         flags = {
             "dataset": dataset,
             "run_dir": self.run_dir,
+            "experiment": self.experiment,
             "cluster.address": self.ray,
             "cluster.replicas": self.replicas,
             "cluster.feeders": self.feeders,

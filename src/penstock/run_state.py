@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.live import format_amount, format_left, format_rate
+from penstock.locations import EXPERIMENTS, experiments
 from penstock.records import epoch_records
 from penstock.report import read_config
 from penstock.status import NAME as STATUS
@@ -32,9 +33,12 @@ _SHOWN_EPOCHS = 20
 def describe_state(path: Path) -> dict[str, Any]:
     """Everything, as JSON; only reads, also beside the process that works on the run."""
     config, result = read_config(path / "config.yaml"), _read(path / "result.json")
-    holder = _holder(path / ".lock")
+    root = path.parent.parent if path.parent.name == EXPERIMENTS else path
+    holder = _holder(root / ".lock")
+    if experiments(root) and not (path / STATUS).is_file():
+        holder = None  # it works on another experiment
     checkpoints = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
-    packs = sorted(file.parent for file in path.rglob("packset.json"))
+    packs = sorted(file.parent for file in root.rglob("packset.json"))
     train: dict[str, Any] = config.get("train") or {}
     status = "running" if holder else result.get("status", "cut off" if checkpoints else "not trained")
     value: dict[str, Any] = {
@@ -49,10 +53,10 @@ def describe_state(path: Path) -> dict[str, Any]:
         "metric": train.get("metric"),
         "epochs": epoch_records(path / "metrics.jsonl"),
         "metrics": result.get("metrics", {}),
-        "plan": _plan(path),
+        "plan": _plan(root),
         "checkpoints": checkpoints,
         "pack_bytes": sum(file.stat().st_size for folder in packs for file in folder.glob("window-*.pack")),
-        "pack_sets": {str(folder.relative_to(path)): _windows(folder) for folder in packs},
+        "pack_sets": {str(folder.relative_to(root)): _windows(folder) for folder in packs},
     }
     return value | {"result": {key: result[key] for key in ("timings", "throughput", "config") if key in result}}
 

@@ -129,14 +129,15 @@ def run_train(
             stop_requested=stop,
         )
     status = "already done" if "already_done" in result else result["status"]
-    rows = [*result_rows(result), ("result", str(config.run_dir / "result.json"))]
-    print_table(f"run {config.run_dir}: {status}", rows)
+    rows = [*result_rows(result), ("result", f"{config.results_place}/result.json")]
+    print_table(f"run {config.results_place}: {status}", rows)
 
 
 def run_infer(
     run_dir: Path | str,
     out: Path | str,
     *,
+    experiment: str | None,
     dataset: Path | str | None,
     stage_dir: Path | None,
     split: SeedSet,
@@ -152,6 +153,7 @@ def run_infer(
         found = infer(
             run_dir,
             out,
+            experiment=experiment,
             dataset=dataset,
             stage_dir=stage_dir,
             split=split,

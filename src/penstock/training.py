@@ -59,7 +59,7 @@ class Evaluation:
             model,
             run.graph,
             splits,
-            run.path / "exact" / "train",
+            run.results / "exact" / "train",
             host_memory=run.evaluation_bytes,
             threads=run.threads,
             device=run.config.train.device,
@@ -89,8 +89,8 @@ def _run_trainer(
         model,
         run.config.train,
         items_per_epoch=feed.items_per_epoch,
-        checkpoints=run.path / "checkpoints",
-        metrics=run.path / "metrics.jsonl",
+        checkpoints=run.results / "checkpoints",
+        metrics=run.results / "metrics.jsonl",
         evaluate=(lambda trained: evaluation(trained, ("valid",))) if run.evaluates else None,
         identity={"run": identity},
         stop_requested=run.stop_requested,
@@ -141,7 +141,7 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
     if run.config.mode == "chunked" or run.config.has_replicas:
         chunked = run.config.mode == "chunked"
         sections = (train_chunked if chunked else train_replicated)(run, watch)
-        return write_result(run.path / "result.json", status="ok", config=run.config, copy=result_json, **sections)
+        return write_result(run.results / "result.json", status="ok", config=run.config, copy=result_json, **sections)
     shutil.rmtree(run.config.work_dir, ignore_errors=True)  # packs of this run with replicas would fill the disk
     in_memory = run.config.feed == "memory"
     packs = prepare(run, run.evaluated_splits if in_memory else (*run.evaluated_splits, "train"))
@@ -157,7 +157,7 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
     times = {**trained.times, "start": trained.times["start"] + around_s}
     meta, config = run.graph.meta, run.config
     save_model(
-        run.path / "model",
+        run.results / "model",
         model,
         config.model,
         num_features=meta.num_features,
@@ -166,17 +166,17 @@ def _job(run: Run, result_json: Path | str | None, watch: Observation) -> dict[s
         outputs=Outputs.of(run.graph),
         extra=run.model_facts(),
     )
-    draw_curves(run.path, run.config.train.metric)
+    draw_curves(run.results, run.config.train.metric)
     artefacts = ("model", "metrics.jsonl", "curves.png", "config.yaml", "checkpoints")
     return write_result(
-        run.path / "result.json",
+        run.results / "result.json",
         status="ok",
         config=config,
         graph=run.graph.fingerprint,
         identity=identity,
         metrics=_metrics(run, trained, final),
         copy=result_json,
-        artefacts={name: str((run.path / name).resolve()) for name in artefacts},
+        artefacts={name: str((run.results / name).resolve()) for name in artefacts},
         timings=timings_section(
             total_s=run.timings.total_s, prepare_s=prepare_s, steps=steps, train=times, test_s=test_s
         ),
@@ -195,13 +195,13 @@ def _finished(run: Run, result_json: Path | str | None) -> dict[str, Any] | None
         reopen(run.config)
         return None
     if result_json is not None:
-        copy_result(run.path / "result.json", result_json)
+        copy_result(run.results / "result.json", result_json)
     return {**trained.result, "already_done": True}
 
 
 def _report_failure(run: Run, error: BaseException, result_json: Path | str | None) -> None:
     status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    path = run.path / "result.json"
+    path = run.results / "result.json"
     try:
         write_result(path, status=status, config=run.config, metrics={}, copy=result_json, error=error)
     except (DataError, DoesNotFit, OSError) as second:  # the disk that the error is about may be full
