@@ -78,7 +78,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["packs", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "packs")]
+)
 def test_another_experiment_makes_no_packs_and_keeps_the_results(
     configure: Configure, tmp_path: Path, mode: str
 ) -> None:
@@ -104,6 +106,7 @@ def test_another_experiment_makes_no_packs_and_keeps_the_results(
     assert train(first)["already_done"] and train(configure("short", **flags, **CHANGES["short"]))["already_done"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [{"sampler__degrees": True}, {"model__kind": "gcn"}])
 def test_packs_with_degrees_serve_every_kind_of_model(
     configure: Configure, tmp_path: Path, first: dict[str, Any]
@@ -118,6 +121,7 @@ def test_packs_with_degrees_serve_every_kind_of_model(
     assert weights(alone) == weights(configure("sage")), "what items hold beside changes nothing"
 
 
+@pytest.mark.slow
 def test_packs_without_degrees_serve_kinds_that_read_none_and_are_made_again_once(configure: Configure) -> None:
     train(configure())
     packs = shared(configure())
@@ -131,6 +135,7 @@ def test_packs_without_degrees_serve_kinds_that_read_none_and_are_made_again_onc
     assert shared(configure()) == again
 
 
+@pytest.mark.slow
 def test_in_memory_and_from_packs_experiments_share_a_folder(configure: Configure, tmp_path: Path) -> None:
     first = configure()
     train(first)
@@ -142,6 +147,7 @@ def test_in_memory_and_from_packs_experiments_share_a_folder(configure: Configur
     assert {path: found for path, found in shared(first).items() if "trace" not in path.parts} == packs
 
 
+@pytest.mark.slow
 def test_experiments_that_cycle_other_epochs_do_not_take_packs_for_theirs(configure: Configure, tmp_path: Path) -> None:
     """Four sampled epochs serve a run that ends before, not one that begins again after two."""
     train(configure(sampled_epochs=4, train__epochs=4))
@@ -160,6 +166,7 @@ def test_the_refusal_names_an_experiment_and_that_works(configure: Configure) ->
         train(configure("NAME", train__lr=0.2))
 
 
+@pytest.mark.slow
 def test_force_and_resume_are_of_one_experiment(configure: Configure) -> None:
     first, other = configure(), configure("other", train__lr=0.1)
     train(first)
@@ -174,6 +181,7 @@ def test_force_and_resume_are_of_one_experiment(configure: Configure) -> None:
     assert files(other.results_dir / "model") == theirs and train(configure("other", train__lr=0.4))["already_done"]
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_where_it_was_killed(configure: Configure, tmp_path: Path) -> None:
     train(configure())
 
@@ -224,6 +232,7 @@ def test_infer_and_inspect_find_experiments(
     assert load_config(run / "experiments" / "narrow" / "config.yaml").experiment == "narrow"
 
 
+@pytest.mark.slow
 def test_experiments_of_a_run_at_a_uri_have_a_place_each_there(
     configure: Configure, graph: Path, tmp_path: Path
 ) -> None:
