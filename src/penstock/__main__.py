@@ -1,5 +1,6 @@
 """The command line. Torch, Numba and Ray are imported by the verb that needs them, so that `--help` answers at once."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
 from penstock.launch_options import KubernetesOptions, SubmitOptions
-from penstock.run_options import RunOptions, TrainOptions
+from penstock.run_options import ConfigOptions, RunOptions, TrainOptions
 from penstock.storage import logs
 
 app = App(
@@ -21,6 +22,7 @@ app = App(
 )
 k8s = App(name="k8s", help="Manifests for Kubernetes.", default_parameter=Parameter(negative=()))
 app.command(k8s)
+app.register_install_completion_command(help="Install completion of verbs and flags for this shell.")
 
 
 @app.command
@@ -190,7 +192,7 @@ def submit(
 
 @k8s.command
 def render(
-    dataset: str | None = None, *, options: TrainOptions | None = None, manifest: KubernetesOptions | None = None
+    dataset: str | None = None, *, options: ConfigOptions | None = None, manifest: KubernetesOptions | None = None
 ) -> None:
     """Print manifests: a RayJob for KubeRay 1.7, or a plain Job for one machine; for `kubectl apply -f -`.
 
@@ -199,8 +201,7 @@ def render(
     """
     from penstock.launch_verbs import run_render
 
-    run = options or TrainOptions()
-    run_render(run.load(dataset), manifest or KubernetesOptions(), run)
+    run_render((options or ConfigOptions()).load(dataset), manifest or KubernetesOptions())
 
 
 @app.command
@@ -282,6 +283,40 @@ def inspect(
     from penstock.inspection import run_inspect
 
     run_inspect(path, validate=validate, seal=seal, as_json=json, stage_dir=stage_dir)
+
+
+@app.command
+def config(key: str | None = None, *, explain: bool = True, json: bool = False, markdown: bool = False) -> None:
+    """List the keys of the configuration: type, default, meaning, and with what a key is read.
+
+    Args:
+        key: A key or a section, as train.lr or train. Default: all.
+        explain: Explain them, which is all that this verb does.
+        json: Print JSON instead of a table.
+        markdown: Print the whole table as the documentation has it.
+    """
+    from penstock.explanation import run_explain
+
+    run_explain(key, as_json=json, as_markdown=markdown)
+
+
+@app.command(name="help")
+def show_help(*verb: str) -> None:
+    """Show the help of a verb, as `penstock VERB --help` does.
+
+    Args:
+        verb: The verb, `train` or `k8s render`. Default: list all verbs.
+    """
+    place = app
+    for word in verb:
+        names = [name for name in place if not name.startswith("-")]
+        if word not in names:
+            near = difflib.get_close_matches(word, names, 1, 0.5)
+            raise ValueError(
+                f"no verb {word!r}; " + (f"did you mean {near[0]!r}?" if near else "penstock help lists all")
+            )
+        place = place[word]
+    app.help_print(list(verb))
 
 
 @app.command

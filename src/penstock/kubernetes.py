@@ -18,6 +18,7 @@ from penstock import __version__
 from penstock.config import RunConfig
 from penstock.exit_codes import DATA, DOES_NOT_FIT, MISSING, RETRY, USAGE
 from penstock.launch_options import KubernetesOptions
+from penstock.mounts import claim_mounts, refuse_read_only, refuse_unmounted, refuse_unshared, unmounted
 from penstock.pod_sizes import Sizes, count_workers, feeder_sizes, head_sizes, is_rayjob, pod_sizes
 from penstock.portable import portable_config
 from penstock.storage.budget import GIB, MIB
@@ -51,8 +52,9 @@ def render(config: RunConfig, options: KubernetesOptions) -> str:
     name = _name(config, options)
     rayjob = is_rayjob(config, options)
     _refuse_without_effect(options, rayjob)
-    _refuse_read_only(config, options)
-    _refuse_unshared(config, options, rayjob)
+    refuse_read_only(config, options)
+    refuse_unshared(config, options, rayjob)
+    refuse_unmounted(config, options)
     documents = [
         _config_map(name, config, rayjob),
         _rayjob(name, config, options) if rayjob else _job(name, config, options),
@@ -73,41 +75,9 @@ def _refuse_without_effect(options: KubernetesOptions, rayjob: bool) -> None:
         raise ValueError(f"{', '.join(given)}: of no effect in a Job, which is one pod without Ray; leave it out")
 
 
-def _refuse_read_only(config: RunConfig, options: KubernetesOptions) -> None:
-    place = portable_config(config)["run_dir"]
-    for mount in _claim_mounts(options):
-        if mount.get("readOnly") and not is_uri(place) and PurePosixPath(place).is_relative_to(mount["mountPath"]):
-            raise ValueError(f"run_dir={place} is on {mount['name']}:{mount['mountPath']}:ro; mount it without `:ro`")
-
-
-def _is_mounted(place: str, options: KubernetesOptions) -> bool:
-    mounts = [PurePosixPath(mount["mountPath"]) for mount in _claim_mounts(options)]
-    return not is_uri(place) and any(PurePosixPath(place).is_relative_to(mount) for mount in mounts)
-
-
-def _refuse_unshared(config: RunConfig, options: KubernetesOptions, rayjob: bool) -> None:
-    """ValueError where ranks of full-graph training would each look into a scratch volume of their own."""
-    value = portable_config(config)
-    apart = [f"{key}={value[key]}" for key in ("dataset", "run_dir") if not _is_mounted(value[key], options)]
-    if rayjob and config.mode == "chunked" and apart:
-        raise ValueError(
-            f"{', '.join(apart)} with mode=chunked: the driver and all ranks read the same files, and each pod would "
-            "have a copy of its own, or none; give paths on a volume that all pods mount (--volume CLAIM:/path, "
-            "ReadWriteMany), or --kind job with backend processes"
-        )
-
-
 def cautions(config: RunConfig, options: KubernetesOptions) -> list[str]:
     """What the manifests alone cannot make right."""
-    found = []
-    value = portable_config(config)
-    for key in ("dataset", "run_dir"):
-        place = value[key]
-        if not is_uri(place) and not _is_mounted(place, options):
-            loss = (
-                "is not in the pods" if key == "dataset" else "is lost with its pod, and with it what it could resume"
-            )
-            found.append(f"{key} {place} is on no mounted volume, so it {loss}; give a URI, or mount one with --volume")
+    value, found = portable_config(config), unmounted(config, options)
     if options.image is None:
         found.append(
             f"image {_image(config, options)} is in no registry; build deploy/Dockerfile, push it, give --image"
@@ -264,14 +234,14 @@ def _pod(name: str, container: str, config: RunConfig, options: KubernetesOption
         requests["ephemeral-storage"] = _quantity(sizes.scratch_bytes)
     if sizes.gpus:
         limits["nvidia.com/gpu"] = requests["nvidia.com/gpu"] = str(sizes.gpus)
-    claims = [mount["name"] for mount in _claim_mounts(options)]
+    claims = [mount["name"] for mount in claim_mounts(options)]
     value = _container(container, config, options) | {"resources": {"requests": requests, "limits": limits}}
     value["volumeMounts"] = [
         {"name": "config", "mountPath": str(PurePosixPath(CONFIG_FILE).parent), "readOnly": True},
         {"name": "scratch", "mountPath": SCRATCH},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "shared-mem", "mountPath": "/dev/shm"},  # KubeRay's name for it
-        *_claim_mounts(options),
+        *claim_mounts(options),
     ]
     volumes = [
         {"name": "config", "configMap": {"name": f"{name}-config"}},
@@ -340,18 +310,6 @@ def _claim(storage_class: str, num_bytes: int) -> Json:
         "storageClassName": storage_class,
         "resources": {"requests": {"storage": _quantity(num_bytes)}},
     }
-
-
-def _claim_mounts(options: KubernetesOptions) -> list[Json]:
-    """Mounts of `--volume claim:/path`; ValueError where one is written otherwise."""
-    mounts = []
-    for text in options.volume:
-        match = re.fullmatch(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?):(/[^:]+?)(:ro)?", text)
-        if match is None:
-            raise ValueError(f"--volume {text!r}: write claim:/path or claim:/path:ro")
-        mount: Json = {"name": match[1], "mountPath": match[3]}
-        mounts.append(mount | ({"readOnly": True} if match[4] else {}))
-    return mounts
 
 
 def _network_policy(name: str) -> Json:

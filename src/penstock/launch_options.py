@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Job", sort_key=8))
 @dataclass(frozen=True, kw_only=True)
 class SubmitOptions:
     """Where a job is submitted to, and whether to wait for it."""
@@ -19,7 +19,7 @@ class SubmitOptions:
     "Print JSON at the end; the log goes to stderr."
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Manifest", sort_key=8))
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
     """What a manifest needs beyond the configuration; what is not given is derived from it."""
@@ -46,7 +46,7 @@ class KubernetesOptions:
     "Disk per pod for packs, copies and run. Default, for each replica in it: budgets.disk and a quarter; else 100GiB."
     storage_class: str | None = None
     "Storage class of the scratch volumes, for example of local NVMe. Default: an emptyDir on the node's disk."
-    volume: list[str] = field(default_factory=list)
+    volume: Annotated[list[str], Parameter(show_default=False)] = field(default_factory=list)
     "Mount a PersistentVolumeClaim, claim:/path or claim:/path:ro. May be repeated."
     auth_secret: str | None = None
     "Secret with Ray's token under the key auth_token. Default: KubeRay makes one for each cluster."
@@ -54,3 +54,5 @@ class KubernetesOptions:
     "Secret whose keys become environment variables: credentials of the storage and of trackers."
     service_account: str | None = None
     "Service account of the pods, for workload identity; its token is not mounted."
+    allow_unmounted: bool = False
+    "Print manifests also where the dataset or the run folder is a path on no volume: the image's own, or to be lost."

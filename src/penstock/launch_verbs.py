@@ -23,7 +23,6 @@ from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.locations import experiment_place, require_writable
 from penstock.portable import portable_config, spans_ray
 from penstock.report import copy_result
-from penstock.run_options import TrainOptions
 from penstock.storage.errors import MissingDependency
 from penstock.storage.extras import install_command
 from penstock.storage.graph import GraphMeta, GraphStore, open_graph
@@ -239,14 +238,8 @@ def _stop_command(jobs: "Jobs", job: "Job") -> str:
     return f"ray job stop {job.id} --address {jobs.address}"
 
 
-def run_render(config: RunConfig, options: KubernetesOptions, run: TrainOptions) -> None:
+def run_render(config: RunConfig, options: KubernetesOptions) -> None:
     """`penstock k8s render`: manifests on stdout, cautions on stderr."""
-    given = [f"--{name.replace('_', '-')}" for name in ("force", "result_json", "quiet") if getattr(run, name)]
-    if given:
-        raise ValueError(
-            f"{', '.join(given)}: of no effect here: a manifest starts a run that goes on after each retry, and leaves "
-            "result.json in its run folder; leave it out (to start anew, delete the run folder or give another)"
-        )
     text = render(config, options)
     for caution in cautions(config, options):
         print(f"penstock: {caution}", file=sys.stderr)

@@ -4,10 +4,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
     from penstock.config import RunConfig
+
+_TRAINING = Parameter(group=Group("Model and training", sort_key=2))
+_MACHINE = Parameter(group=Group("Machine", sort_key=3))
+_SAMPLED = Parameter(group=Group("Sampled training", sort_key=4))
+_FULL_GRAPH = Parameter(group=Group("Full graph (--mode chunked)", sort_key=5))
+_CLUSTER = Parameter(group=Group("Replicas and cluster", sort_key=6))
+_WATCH = Parameter(group=Group("Watching", sort_key=7))
 
 
 def parse_fanouts(text: str) -> tuple[int, ...]:
@@ -20,8 +27,8 @@ def parse_fanouts(text: str) -> tuple[int, ...]:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options of the verbs that work on a run folder. Flags win over --set, --set over the YAML file."""
+class ConfigOptions:
+    """Options that make a configuration. Flags win over --set, --set over the YAML file."""
 
     run_dir: str | None = None
     "Folder or URI of the run: trace, packs, checkpoints, result. A rerun with the same configuration continues it."
@@ -29,72 +36,70 @@ class RunOptions:
     "Name of an experiment: its checkpoints, model and result lie in RUN_DIR/experiments/NAME, on the packs of RUN_DIR."
     config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None
     "YAML file with the whole configuration."
-    set: list[str] = field(default_factory=list)
+    set: Annotated[list[str], Parameter(show_default=False)] = field(default_factory=list)
     "Override one key: --set train.lr=0.01. May be repeated."
-    host_memory: str | None = None
+    host_memory: Annotated[str | None, _MACHINE] = None
     "Bytes of host memory for tiers and buffers, for example 4GiB. Default: what fits beside the process."
-    device_memory: str | None = None
+    device_memory: Annotated[str | None, _MACHINE] = None
     "Bytes of device memory for the device tier. Default: 0 on CPU, half of what is free on CUDA."
-    disk: str | None = None
+    disk: Annotated[str | None, _MACHINE] = None
     "Bytes of disk for packs and scratch. Default: nine tenths of what is free."
-    fanouts: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    fanouts: Annotated[str | None, Parameter(allow_leading_hyphen=True), _SAMPLED] = None
     "Neighbours per layer, input side first, seeds last (DGL order): 10,15,20; -1 takes all."
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, _SAMPLED] = None
     "Seeds per item."
-    model: Literal["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn", "custom"] | None = None
+    model: Annotated[Literal["sage", "gcn", "gat", "gin", "gcnii", "resgcn", "dagnn", "custom"] | None, _TRAINING] = (
+        None
+    )
     "Kind of layers."
-    layers: int | None = None
+    layers: Annotated[int | None, _TRAINING] = None
     "Number of layers of full-graph training; sampled training has one per fanout."
-    hidden: int | None = None
+    hidden: Annotated[int | None, _TRAINING] = None
     "Width of the hidden layers."
-    epochs: int | None = None
+    epochs: Annotated[int | None, _TRAINING] = None
     "Epochs to train."
-    lr: float | None = None
+    lr: Annotated[float | None, _TRAINING] = None
     "Learning rate."
-    seed: int | None = None
+    seed: Annotated[int | None, _TRAINING] = None
     "Seed of everything: sampling, initial weights, dropout."
-    device: str | None = None
+    device: Annotated[str | None, _MACHINE] = None
     "cpu or cuda."
-    threads: int | None = None
+    threads: Annotated[int | None, _MACHINE] = None
     "Threads for sampling, packing and compute. Default: the cores this process may use."
     mode: Literal["sampled", "chunked"] | None = None
     "Train on sampled mini-batches, or on the whole graph in chunks, with layers in a pipeline. Default: sampled."
-    chunks: int | None = None
-    "Chunks of the whole graph (chunked). Default: 32."
-    stages: int | None = None
-    "Stages that the layers are split into (chunked). Default: 1."
-    parts: int | None = None
-    "Parts that the nodes are split into (chunked). Default: 1."
-    devices: int | None = None
-    "Ranks in all; stages and parts are then chosen by predicted time (chunked)."
-    backend: Literal["threads", "processes", "ray"] | None = None
-    "What ranks are (chunked). Default: threads."
-    gradient_mode: Literal["stale", "surrogate", "gnnpipe", "drop", "mix"] | None = None
-    "Gradients between chunks (chunked). Default: stale."
-    pack_mode: Literal["auto", "reuse", "rolling"] | None = None
-    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer (sampled)."
-    policy: Literal["belady", "static", "none"] | None = None
+    chunks: Annotated[int | None, _FULL_GRAPH] = None
+    "Chunks of the whole graph. Default: 32."
+    stages: Annotated[int | None, _FULL_GRAPH] = None
+    "Stages that the layers are split into. Default: 1."
+    parts: Annotated[int | None, _FULL_GRAPH] = None
+    "Parts that the nodes are split into. Default: 1."
+    devices: Annotated[int | None, _FULL_GRAPH] = None
+    "Ranks in all; stages and parts are then chosen by predicted time."
+    backend: Annotated[Literal["threads", "processes", "ray"] | None, _FULL_GRAPH] = None
+    "What ranks are. Default: threads."
+    gradient_mode: Annotated[Literal["stale", "surrogate", "gnnpipe", "drop", "mix"] | None, _FULL_GRAPH] = None
+    "Gradients between chunks. Default: stale."
+    pack_mode: Annotated[Literal["auto", "reuse", "rolling"] | None, _SAMPLED] = None
+    "Cycle packs of a few sampled epochs, or sample and pack windows ahead of the trainer."
+    policy: Annotated[Literal["belady", "static", "none"] | None, _SAMPLED] = None
     "Who sits in the host tier."
-    ray: str | None = None
+    ray: Annotated[str | None, _CLUSTER] = None
     "Run on Ray: auto (this machine's cluster, or RAY_ADDRESS), local (start one), or host:port."
-    replicas: int | None = None
+    replicas: Annotated[int | None, _CLUSTER] = None
     "Replicas of the model, each with its own items and packs; gradients are averaged. Default: 1."
-    accumulate: int | None = None
+    accumulate: Annotated[int | None, _CLUSTER] = None
     "Items per optimizer step, over all replicas. Default: one per replica."
-    feeders: int | None = None
+    feeders: Annotated[int | None, _CLUSTER] = None
     "Processes that sample and pack for the replicas, on any node with room (Ray). Default: 0, replicas do it."
-    retries: int | None = None
+    retries: Annotated[int | None, _CLUSTER] = None
     "How often all replicas or ranks start anew from the newest checkpoint after a failure."
-    stage_dir: Path | None = None
+    stage_dir: Annotated[Path | None, _MACHINE] = None
     "Local folder for copies of remote data, and for packs and scratch of replicas."
-    track: str | None = None
+    track: Annotated[str | None, _WATCH] = None
     "Trackers that get all numbers: tensorboard, mlflow, wandb, separated by commas."
-    trace: str | None = None
+    trace: Annotated[str | None, _WATCH] = None
     "Write timeline.json, for Perfetto, of steps first:stop."
-    force: bool = False
-    "Delete what an earlier run left in the run folder and start anew."
-    quiet: bool = False
-    "No progress."
 
     def load(self, dataset: str | None, *, feed: Literal["memory"] | None = None) -> "RunConfig":
         """Compose the `RunConfig`; ValueError where it is wrong."""
@@ -144,6 +149,17 @@ class RunOptions:
             "train.threads": self.threads,
         }
         return load_config(self.config, self.set, flags)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ConfigOptions):
+    """Options of the verbs that work on a run folder."""
+
+    force: bool = False
+    "Delete what an earlier run left in the run folder, or in this experiment, and start anew."
+    quiet: bool = False
+    "No progress."
 
 
 @Parameter(name="*")

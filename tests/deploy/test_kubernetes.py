@@ -266,7 +266,7 @@ def test_ranks_that_share_no_files_are_refused() -> None:
 def test_runs_of_one_name_have_manifests_of_two(one: str, other: str) -> None:
     names = []
     for run in (one, other, other):
-        found = rendered(run_dir=run, cluster__replicas=2)
+        found = rendered(KubernetesOptions(allow_unmounted=True), run_dir=run, cluster__replicas=2)
         assert {document["metadata"]["name"].removesuffix("-config") for document in found.values()} == {
             name := found["RayJob"]["metadata"]["name"]
         }
@@ -299,9 +299,9 @@ def needs(pod: Json) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--force"], "--force: of no effect here"),
-        (["--result-json", "r.json"], "--result-json: of no effect here"),
-        (["--force", "--quiet"], "--force, --quiet: of no effect here"),
+        (["--force"], "--force"),
+        (["--result-json", "r.json"], "--result-json"),
+        (["--quiet"], "--quiet"),
         (["--workers", "2"], "--workers: of no effect in a Job"),
         (["--auth-secret", "t", "--ray-version", "2.60.0"], "--ray-version, --auth-secret: of no effect in a Job"),
     ],
@@ -412,3 +412,15 @@ def test_documents_have_no_aliases() -> None:
     text = render(load_config(flags={**FLAGS, "cluster.replicas": 2}), KubernetesOptions())
     assert "*id" not in text and "&id" not in text
     assert json.loads(json.dumps(list(yaml.safe_load_all(text))))[1]["apiVersion"] == "ray.io/v1"
+
+
+def test_paths_that_no_pod_has_are_refused_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["k8s", "render", "/data/papers.graph", "--run-dir", "/data/runs/papers"]
+    codes = []
+    for more in ([], ["--volume", "data:/data"], ["--allow-unmounted"], ["--volume", "data:/data/runs"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, *more])
+        codes.append(int(ended.value.code or 0))
+        said = capsys.readouterr()
+        assert ("is not in the pods" in said.err) == ("data:/data" not in more) and bool(said.out) == (codes[-1] == 0)
+    assert codes == [2, 0, 0, 2]
