@@ -257,7 +257,7 @@ def test_experiments_of_a_run_at_a_uri_have_a_place_each_there(
 
 @pytest.mark.slow
 def test_packs_of_chunks_serve_another_experiment(configure: Configure, tmp_path: Path) -> None:
-    config = GenerateConfig(num_nodes=9000, num_features=256, avg_degree=4, train=0.2, valid=0.1, test=0.1)
+    config = GenerateConfig(num_nodes=4000, num_features=512, avg_degree=6, train=0.3, valid=0.05, test=0.1)
     wide = generate_graph(tmp_path / "wide", config, host_memory=32 * MIB).path
     flags: dict[str, Any] = {
         "mode": "chunked",
