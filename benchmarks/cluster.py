@@ -105,6 +105,7 @@ def feeder_stall(graph: GraphStore, folder: Path, scale: float, repeats: int) ->
     flags = _flags(graph, folder / "fed", scale, 1) | {
         "train.accumulate": 1,
         "budgets.disk": "1GiB",
+        "cluster.address": "auto",  # until the side has started a cluster of its own
         "cluster.feeders": 1,
         "cluster.feeder_disk": "1GiB",
         "cluster.feeder_resources": {"feeder": 1.0},

@@ -40,7 +40,9 @@ class ReplicaSide:
         self._count = self.config.cluster.replicas
         specs = replica_specs(run, 1)
         self._backend = self._stack.enter_context(open_processes(specs, open_rank=OPEN_REPLICA))
-        self._epoch_items: int = self._backend.call("prepare", [(self._count, None)] * self._count)[0]
+        modes = self._backend.call("plan", [(self._count, None)] * self._count)
+        mode = "rolling" if "rolling" in modes else "reuse"
+        self._epoch_items: int = self._backend.call("prepare", [(mode,)] * self._count)[0]
         self._backend.call("open_feed", [(0, 1000 * self._epoch_items)] * self._count)
         return self
 

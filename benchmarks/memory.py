@@ -40,7 +40,8 @@ def tree_rss_bytes(process: psutil.Process) -> int:
 def measure_run(arguments: list[str], run_dir: Path) -> tuple[int, dict[str, Any]]:
     """Run `penstock train`; returns the largest resident size of its processes, and its `result.json`."""
     command = [sys.executable, "-m", "penstock", "train", *arguments, "--run-dir", str(run_dir), "--quiet"]
-    process, peak = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}), 0
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    process, peak = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), 0  # records alone on stdout
     with process:
         tree = psutil.Process(process.pid)
         while process.poll() is None:

@@ -30,6 +30,7 @@ def quickstart(
     directory: Path = Path("penstock-quickstart"),
     *,
     num_nodes: int = 1_000_000,
+    host_memory: str | None = None,
     result_json: Path | None = None,
     quiet: bool = False,
 ) -> None:
@@ -38,12 +39,13 @@ def quickstart(
     Args:
         directory: Folder for the graph (1 GiB at the default size) and the two runs.
         num_nodes: Size of the graph; 50,000 or more.
+        host_memory: Bytes that the first training may use. Default: an eighth of the features.
         result_json: Write a copy of result.json there.
         quiet: No progress.
     """
     from penstock.quickstart import run_quickstart
 
-    run_quickstart(directory, num_nodes=num_nodes, result_json=result_json, quiet=quiet)
+    run_quickstart(directory, num_nodes=num_nodes, host_memory=host_memory, result_json=result_json, quiet=quiet)
 
 
 @app.command

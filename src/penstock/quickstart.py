@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from penstock.display import print_table, progress
-from penstock.exit_codes import DOES_NOT_FIT
+from penstock.exit_codes import DOES_NOT_FIT, RETRY
 from penstock.machine import hardware, versions
-from penstock.storage.budget import MIB, format_bytes, require_free_disk
-from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.budget import MIB, format_bytes, parse_memory, require_free_disk
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import read_json, write_json
@@ -23,6 +22,11 @@ BUDGET_SHARE = 8  # the host memory given is this fraction of the features
 LEAST_NODES = 50_000  # an eighth of the features of fewer does not hold what packing needs
 _BATCH_NODES = 1_000_000 // 256  # nodes per seed of a batch: an eighth of fewer features holds smaller batches
 _LARGEST_BATCH = 256
+_KILLED = 128  # and the signal, as shells say it
+_REMEDIES = {
+    DOES_NOT_FIT: "give what the message above names (--host-memory), or other --num-nodes",
+    RETRY: "run the same command again, which goes on",
+}
 _SETTINGS = {
     "--fanouts": "5,10",
     "--hidden": "64",
@@ -40,21 +44,24 @@ def _train(graph: GraphStore, run_dir: Path, host_memory: int | None, quiet: boo
     command += ["--in-memory"] if host_memory is None else ["--host-memory", str(host_memory)]
     command += ["--quiet"] if quiet else []
     code = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
-    if code == DOES_NOT_FIT:
-        raise DoesNotFit(f"training in {run_dir} does not fit this machine (see above); use a smaller --num-nodes")
     if code:
-        raise DataError(f"training in {run_dir} ended with exit code {code}; its message is above")
+        remedy = _REMEDIES.get(code, "run the same command again")
+        print(f"penstock: training in {run_dir} ended so, with exit code {code}; {remedy}", file=sys.stderr)
+        sys.exit(code if code > 0 else _KILLED - code)
     result: dict[str, Any] = read_json(run_dir / "result.json")
     return result
 
 
-def run_quickstart(directory: Path, *, num_nodes: int, result_json: Path | None, quiet: bool) -> dict[str, Any]:
+def run_quickstart(
+    directory: Path, *, num_nodes: int, host_memory: str | None = None, result_json: Path | None, quiet: bool
+) -> dict[str, Any]:
     """Generate, train out of core, train in memory, compare; write `directory/result.json` and return it.
 
-    ValueError for fewer than `LEAST_NODES`.
+    ValueError for fewer than `LEAST_NODES`; where training fails, the process exits as it did.
     """
     if num_nodes < LEAST_NODES:
         raise ValueError(f"--num-nodes {num_nodes} is too few to train out of core; use {LEAST_NODES} or more")
+    given = None if host_memory is None else parse_memory(host_memory)
     config = GenerateConfig(
         num_nodes=num_nodes, num_features=NUM_FEATURES, avg_degree=16, train=0.03, valid=0.005, test=0.01
     )
@@ -64,14 +71,14 @@ def run_quickstart(directory: Path, *, num_nodes: int, result_json: Path | None,
         require_free_disk(directory, int(2.5 * feature_bytes), "the quick start")
     with progress(quiet=quiet) as show:
         graph = generate_graph(directory / "graph", config, host_memory=256 * MIB, progress=show)
-    host_memory = feature_bytes // BUDGET_SHARE
-    packed = _train(graph, directory / "out-of-core", host_memory, quiet)
+    budget = given or feature_bytes // BUDGET_SHARE
+    packed = _train(graph, directory / "out-of-core", budget, quiet)
     in_memory = _train(graph, directory / "in-memory", None, quiet)
     metrics = {
         "test_accuracy": packed["metrics"]["test_accuracy"],
         "in_memory_test_accuracy": in_memory["metrics"]["test_accuracy"],
         "feature_bytes": feature_bytes,
-        "host_memory_bytes": host_memory,
+        "host_memory_bytes": budget,
         "peak_rss_bytes": packed["peak_rss_bytes"],
         "in_memory_peak_rss_bytes": in_memory["peak_rss_bytes"],
         "train_s": packed["timings"]["train_s"],
@@ -95,10 +102,11 @@ def run_quickstart(directory: Path, *, num_nodes: int, result_json: Path | None,
 
 
 def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    share = metrics["host_memory_bytes"] / metrics["feature_bytes"]
     ratio = metrics["train_s"] / max(1e-9, metrics["in_memory_train_s"])
     return [
         ("features", format_bytes(metrics["feature_bytes"])),
-        ("host memory given", f"{format_bytes(metrics['host_memory_bytes'])} (an eighth)"),
+        ("host memory given", f"{format_bytes(metrics['host_memory_bytes'])} ({share:.2g} of the features)"),
         ("test accuracy", f"{metrics['test_accuracy']:.4f}"),
         ("test accuracy in memory", f"{metrics['in_memory_test_accuracy']:.4f}"),
         ("losses", "equal, bit for bit" if metrics["losses_equal"] else "differ"),

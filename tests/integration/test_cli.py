@@ -90,10 +90,21 @@ def test_all_neighbours_are_asked_for_as_the_help_says(graph: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_smallest_quick_start(tmp_path: Path) -> None:
-    done = penstock("quickstart", tmp_path, "--num-nodes", "50000", "--quiet")
+@pytest.mark.parametrize("num_nodes", [50_000, 70_000, 100_000, 150_000])
+def test_small_quick_starts(tmp_path: Path, num_nodes: int) -> None:
+    done = penstock("quickstart", tmp_path, "--num-nodes", str(num_nodes), "--quiet")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["losses_equal"]
+
+
+@pytest.mark.slow
+def test_a_quick_start_that_does_not_fit_exits_so_and_takes_its_remedy(tmp_path: Path) -> None:
+    words: list[str | Path] = ["quickstart", tmp_path, "--num-nodes", "50000", "--quiet"]
+    done = penstock(*words, "--host-memory", "1MiB")
+    found = re.search(r"use --host-memory (\d+) or more", done.stderr)
+    assert done.returncode == 4 and found is not None, done.stderr
+    done = penstock(*words, "--host-memory", found[1])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
