@@ -67,8 +67,9 @@ def ingest(
         source: Folder with nodes.parquet and edges.parquet, with .npy files, or an OGB dataset.
         out: Folder or URI of the graph store to make.
         format: What the source is; auto looks at its files.
-        nodes: Node table (file or folder of files) if it is not source/nodes.parquet.
-        edges: Edge table if it is not source/edges.parquet.
+        nodes: Node table (file, folder of files, or a pattern in quotes, 'tables/nodes-*.parquet') if it is not
+            source/nodes.parquet.
+        edges: Edge table, as well, if it is not source/edges.parquet.
         set: An ingest option: --set undirected=true, --set self_loops=add, --set feature_norm=row,
             --set remap_labels=true; `penstock inspect --ingest-options` lists them.
         host_memory: Bytes that ingest may use.

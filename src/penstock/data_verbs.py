@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
@@ -61,10 +62,23 @@ def _detect(source: Path) -> SourceFormat:
     return "npy" if any(source.glob("*.npy")) else "parquet"
 
 
-def _tables(source: Path, nodes: Path | str | None, edges: Path | str | None) -> tuple[Path, Path]:
+def _matching(pattern: str) -> list[Path]:
+    """Files that a pattern names, sorted; DataError where there is none."""
+    found = [Path(path) for path in sorted(glob(pattern, recursive=True))]
+    if not found:
+        raise DataError(f"no file matches {pattern}; write a pattern like 'tables/nodes-*.parquet', or name a folder")
+    return found
+
+
+def _tables(
+    source: Path, nodes: Path | str | None, edges: Path | str | None
+) -> tuple[Path | list[Path], Path | list[Path]]:
     """The node and the edge table; DataError that says what the folder has where one is not there."""
-    found = []
+    found: list[Path | list[Path]] = []
     for kind, given in (("nodes", nodes), ("edges", edges)):
+        if given is not None and has_magic(str(given)) and not Path(given).exists():
+            found.append(_matching(str(given)))
+            continue
         path = source / f"{kind}.parquet" if given is None else _local_source(given, "tables")
         if given is None and not path.exists():
             there = (
@@ -77,6 +91,9 @@ def _tables(source: Path, nodes: Path | str | None, edges: Path | str | None) ->
     return found[0], found[1]
 
 
+_CLASSES = {"string": " (strings, which infer writes)", "int64": " (numbered; infer writes them as given)"}
+
+
 def _show_graph(graph: GraphStore) -> None:
     found = describe_graph(graph.path, validate=False)
     print_table(
@@ -84,7 +101,11 @@ def _show_graph(graph: GraphStore) -> None:
         [
             ("nodes, edges", f"{found['num_nodes']:,}, {found['num_edges']:,}"),
             ("features", f"{found['num_features']} {found['feature_dtype']}, {format_bytes(found['feature_bytes'])}"),
-            ("classes", f"{found['num_classes']}{' (multi-label)' if found['multi_label'] else ''}"),
+            (
+                "classes",
+                f"{found['num_classes']}{_CLASSES.get(found['class_values'], '')}"
+                f"{' (multi-label)' if found['multi_label'] else ''}",
+            ),
             ("train, valid, test", ", ".join(f"{found[f'{split}_nodes']:,}" for split in ("train", "valid", "test"))),
         ],
     )

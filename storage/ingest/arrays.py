@@ -89,6 +89,14 @@ class ArraySource:
         return self.label_column is not None
 
     @property
+    def text_labels(self) -> bool:
+        """Whether labels are strings."""
+        column = self.label_column
+        if column is None or not self.num_nodes:
+            return False
+        return next(column.chunks(1)).dtype.kind in "US"
+
+    @property
     def label_width(self) -> int:
         """Classes of a multi-label task, else 0."""
         shape = (0,) if self.label_column is None else self.label_column.shape

@@ -155,7 +155,7 @@ def read_lists(
 ) -> NDArray[Any]:
     """Numbers [n, width] of a list column; DataError names the first row of another width.
 
-    With `nulls="nan"` a row that is null becomes NaN throughout.
+    With `nulls="nan"` a row that is null becomes NaN throughout, as a null in a list does.
     """
     column = plain(column)
     if pt.is_null(column.type):

@@ -53,14 +53,17 @@ def ingest(
     out = Path(out)
     options.check_source(source.kind)
     norm = choose_norm(options)
+    if options.remap_labels is None:
+        options = options.model_copy(update={"remap_labels": source.text_labels})
     if options.remap_labels and not source.has_labels:
         raise ValueError(f"remap_labels=true, but the nodes of {source.kind} have no labels; drop it")
+    unsaid = {"feature_norm_from"} | ({"null_features"} if options.null_features == "refuse" else set())
     inputs, seen = identify(source.inputs, recorded_notes(out), progress)
     identity = {
         "kind": source.kind,
         "version": _VERSION,
         "inputs": {record.pop("role"): record for record in inputs},
-        "options": options.model_dump(mode="json", exclude={"feature_norm_from"}),
+        "options": options.model_dump(mode="json", exclude=unsaid),
         "normalised as": norm_identity(options),
     }
     build = begin_build(out, identity, notes=seen)

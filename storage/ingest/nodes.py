@@ -99,7 +99,7 @@ class NodeStep:
         return features.entry, features.sums_entry, labels.entry
 
     def _features(self, chunk: NodeChunk, row_format: RowFormat) -> NDArray[Any]:
-        rows = finite_rows(chunk, self.source.num_features)
+        rows = finite_rows(chunk, self.source.num_features, nulls=self.options.null_features)
         if not self._said_rounded and (rounded := first_rounded(chunk, rows)):
             self._said_rounded = True
             logger.warning("%s, which float32 rounds: it holds whole numbers up to 16,777,216", rounded)
@@ -183,6 +183,6 @@ class NodeStep:
         if empty := [split for split, size in sizes.items() if not size]:
             logger.warning(
                 "no node is in split %s; give a split column, masks or ids, or draw them with --set "
-                "split_fractions=[0.6,0.2,0.2]",
+                "split_fractions=0.6,0.2,0.2",
                 ", ".join(empty),
             )

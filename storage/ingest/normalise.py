@@ -87,8 +87,8 @@ class Normaliser:
         if not np.isfinite(out).all():
             row, column = np.argwhere(~np.isfinite(out))[0].tolist()
             raise DataError(
-                f"{chunk.where}, row {chunk.first_row + row}: feature {column} is {rows[row, column]}, which "
-                f"normalisation takes to {wide[row, column]:g}, beyond float32; drop or clip it"
+                f"{chunk.where}, row {chunk.first_row + row}: {chunk.feature_name(column)} is {rows[row, column]}, "
+                f"which normalisation takes to {wide[row, column]:g}, beyond float32; drop or clip it"
             )
         return out
 
@@ -122,7 +122,7 @@ def write_norm(
     else:
         moments, done = Moments(source.num_features), 0
         for chunk in source.nodes(rows):
-            moments.add(finite_rows(chunk, source.num_features))
+            moments.add(finite_rows(chunk, source.num_features, nulls=options.null_features))
             done += len(chunk.features)
             progress("measure features", done, source.num_nodes, "rows")
         constants = moments.constants()

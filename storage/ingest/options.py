@@ -1,9 +1,9 @@
 """What a user may ask of ingest."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from penstock.storage.graph import FeatureNorm
 from penstock.storage.rows import RowDtype
@@ -26,14 +26,16 @@ class IngestOptions(BaseModel):
     """`row` divides a row by the sum of its magnitudes; `standard` makes every column mean 0 and deviation 1."""
     feature_norm_from: Path | None = None
     """A graph store: normalise as it was, with its constants, to score this graph by a model trained on that one."""
-    remap_labels: bool = False
-    """Number the labels that occur, integers or strings, in their order; `infer` writes the labels as given."""
+    null_features: Literal["refuse", "zero"] = "refuse"
+    """`zero`: a feature that is null or NaN becomes 0, before normalisation."""
+    remap_labels: bool | None = None
+    """Number the labels that occur, in order; `infer` writes them as given. Default: where they are strings."""
     id_column: str = "id"
     """Node ids, integers or strings; without it nodes are numbered by row. This and all columns: of Parquet tables."""
     feature_column: str = "feature"
     """One column of lists, or of numbers for a single feature."""
     feature_columns: tuple[str, ...] | None = None
-    """Several columns of numbers instead, as [age, income]."""
+    """Several columns of numbers instead, as age,income."""
     feature_prefix: str | None = None
     """Or all columns that begin so."""
     label_column: str = "label"
@@ -47,9 +49,14 @@ class IngestOptions(BaseModel):
     weight_column: str = "weight"
     """Weight of an edge, at least 0."""
     split_fractions: tuple[float, float, float] | None = None
-    """Draw train, valid and test among the labelled nodes, where the input has no split: [0.6, 0.2, 0.2]."""
+    """Draw train, valid and test among the labelled nodes, where the input has no split: 0.6,0.2,0.2."""
     split_seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of that draw."""
+
+    @field_validator("split_fractions", "feature_columns", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> "IngestOptions":

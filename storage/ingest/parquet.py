@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from penstock.storage.errors import DataError
 from penstock.storage.graph import Split
 from penstock.storage.ingest.arrow import (
     is_list,
+    is_text,
     numbers,
     read_flags,
     read_ids,
@@ -46,8 +47,8 @@ class ParquetSource:
 
     def __init__(self, nodes: Path | list[Path], edges: Path | list[Path], options: IngestOptions) -> None:
         self._nodes, self._edges, self._options = Table("node", nodes), Table("edge", edges), options
-        for name in (options.src_column, options.dst_column):
-            self._edges.has(name, wanted=True)
+        for option in ("src_column", "dst_column"):
+            self._edges.has(getattr(options, option), wanted=True, option=option)
         self.num_nodes, self.num_edges = self._nodes.num_rows, self._edges.num_rows
         self._has_ids = self._optional("id_column")
         self.has_labels, self._has_split = self._optional("label_column"), self._optional("split_column")
@@ -62,6 +63,7 @@ class ParquetSource:
             raise DataError(
                 f"{self._nodes.place}: every list of {options.label_column} is null or empty; drop the column"
             )
+        self.text_labels = self.has_labels and is_text(self._nodes.types[options.label_column])
         self._name_unused()
 
     def _optional(self, option: str) -> bool:
@@ -80,7 +82,8 @@ class ParquetSource:
             raise DataError(
                 f"the node table has no column that starts with {options.feature_prefix!r}; it has {[*names]}"
             )
-        self._nodes.has(options.feature_column, wanted=True)
+        elsewhere = "several columns: --set feature_prefix=f_, or --set feature_columns=age,income"
+        self._nodes.has(options.feature_column, wanted=True, option="feature_column", remedy=elsewhere)
         kind = names[options.feature_column]
         self._many = not is_list(kind) and not pt.is_null(kind)
         return [options.feature_column]
@@ -131,6 +134,7 @@ class ParquetSource:
                 where=where,
                 first_row=first,
                 features=self._read_features(where, first, batch),
+                names=self._features if self._many else (),
                 labels=self._read_labels(where, first, batch) if self.has_labels else None,
                 splits=self._splits(where, first, batch),
             )
@@ -141,9 +145,10 @@ class ParquetSource:
             yield self._read_labels(where, first, batch)
 
     def _read_features(self, where: str, first: int, batch: pa.RecordBatch) -> NDArray[Any]:
+        nulls: Literal["refuse", "nan"] = "refuse" if self._options.null_features == "refuse" else "nan"
         if not self._many:
             name = self._features[0]
-            return read_lists(where, first, name, batch.column(name), self.num_features)
+            return read_lists(where, first, name, batch.column(name), self.num_features, nulls=nulls)
         columns = []
         for name in self._features:
             try:

@@ -39,13 +39,19 @@ class LabelChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeChunk:
-    """Consecutive nodes: `features` [n, F] numeric, `splits` int8 [n] of codes, -1 for none."""
+    """Consecutive nodes: `features` [n, F] numeric, `splits` int8 [n] of codes, -1 for none; `names` are the user's of
+    the features, where each has one."""
 
     where: str
     first_row: int
     features: NDArray[Any]
     labels: LabelChunk | None
     splits: NDArray[np.int8] | None
+    names: Sequence[str] = ()
+
+    def feature_name(self, column: int) -> str:
+        """What a message calls a feature."""
+        return f"feature {self.names[column]!r}" if self.names else f"feature {column}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +110,10 @@ class GraphSource(Protocol):
     @property
     def has_labels(self) -> bool:
         """Whether the node table has labels."""
+
+    @property
+    def text_labels(self) -> bool:
+        """Whether labels are strings."""
 
     @property
     def split_ids(self) -> Mapping[Split, Column]:

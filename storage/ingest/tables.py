@@ -84,14 +84,19 @@ class Table:
         """Where the table is, for messages: its first file."""
         return str(self.parts[0].path)
 
-    def has(self, name: str, *, wanted: bool) -> bool:
-        """Whether the column is there; DataError, naming the nearest, where it is `wanted` and is not."""
+    def has(self, name: str, *, wanted: bool, option: str = "", remedy: str = "") -> bool:
+        """Whether the column is there; DataError, naming the nearest and the `option` that names another, where it is
+        `wanted` and is not."""
         if name in self.types:
             return True
         near = difflib.get_close_matches(name, list(self.types), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         if wanted:
-            raise DataError(f"{self.place}: the {self.kind} table has no column {name!r}; {hint}it has {[*self.types]}")
+            use = "; ".join(part for part in (f"name yours with --set {option}=..." if option else "", remedy) if part)
+            raise DataError(
+                f"{self.place}: the {self.kind} table has no column {name!r}; {hint}it has {[*self.types]}"
+                f"{'; ' if use else ''}{use}"
+            )
         if near:
             logger.warning("the %s table has no column %r and goes without; %s", self.kind, name, hint)
         return False

@@ -4,7 +4,7 @@ Sources give numbers as NumPy arrays, with NaN where a value is missing, and str
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from penstock.storage.graph import UNKNOWN_FLAG, Split
 from penstock.storage.ingest.source import SPLIT_CODES, EdgeChunk, LabelChunk, NodeChunk, Values
 
 UNKNOWN = -1
+NULLS_TO_ZERO = "let nulls be 0 (--set null_features=zero)"
 SPLIT_ALIASES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "val", "validation"),
@@ -88,8 +89,9 @@ def integer_ids(name: str, first_row: int, values: NDArray[Any]) -> NDArray[np.i
     return values.astype(np.int64)
 
 
-def finite_rows(chunk: NodeChunk, width: int) -> NDArray[np.float32]:
-    """Cast features to float32; DataError names row, column and value of the first that is not finite."""
+def finite_rows(chunk: NodeChunk, width: int, *, nulls: Literal["refuse", "zero"] = "refuse") -> NDArray[np.float32]:
+    """Cast features to float32, nulls to 0 where asked; DataError names row, column and value of the first that is not
+    finite."""
     if chunk.features.ndim != 2 or chunk.features.shape[1] != width:
         raise DataError(
             f"{chunk.where}, row {chunk.first_row}: features have shape {chunk.features.shape[1:]}, the first rows "
@@ -99,12 +101,17 @@ def finite_rows(chunk: NodeChunk, width: int) -> NDArray[np.float32]:
         raise DataError(f"{chunk.where}: features are of type {chunk.features.dtype}; give numbers")
     with np.errstate(over="ignore"):  # what overflows is Inf, and refused below
         rows = np.ascontiguousarray(chunk.features, dtype=np.float32)
+    if nulls == "zero":
+        rows[np.isnan(rows)] = 0.0
     finite = np.isfinite(rows)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
+        value = chunk.features[row, column]
+        problem = (
+            f"null or NaN; fill it, {NULLS_TO_ZERO}" if np.isnan(value) else f"{value}, not a finite float32; clip it"
+        )
         raise DataError(
-            f"{chunk.where}, row {chunk.first_row + row}: feature {column} is {chunk.features[row, column]}, "
-            "not a finite float32; fill or drop it"
+            f"{chunk.where}, row {chunk.first_row + row}: {chunk.feature_name(column)} is {problem}, or drop the node"
         )
     return rows
 
@@ -117,7 +124,7 @@ def first_rounded(chunk: NodeChunk, rows: NDArray[np.float32]) -> str | None:
     for row, column in wrong.tolist():
         if int(rows[row, column]) != int(chunk.features[row, column]):
             value = int(chunk.features[row, column])
-            return f"{chunk.where}, row {chunk.first_row + row}: feature {column} is {value}"
+            return f"{chunk.where}, row {chunk.first_row + row}: {chunk.feature_name(column)} is {value}"
     return None
 
 
@@ -128,7 +135,7 @@ def whole_labels(chunk: LabelChunk) -> NDArray[np.int64]:
         return np.full(len(labels), UNKNOWN, np.int64)
     if not isinstance(labels, np.ndarray) or labels.dtype.kind in "US":
         raise DataError(
-            f"{where}: labels are of type string; give integers 0..C-1, or number them with --set remap_labels=true"
+            f"{where}: labels are of type string; give integers 0..C-1, or have them numbered: drop remap_labels=false"
         )
     if labels.dtype.kind not in "iufb":
         raise DataError(f"{where}: labels are of type {labels.dtype}; give integers 0..C-1, -1 for unknown")

@@ -60,6 +60,19 @@ def test_tables_beside_a_raw_folder_are_tables(tmp_path: Path) -> None:
     assert open_graph(tmp_path / "g").meta.source == "parquet"
 
 
+def test_tables_may_be_patterns(tmp_path: Path) -> None:
+    tables = _tables(tmp_path / "tables")
+    whole = pq.read_table(tables / "nodes.parquet")
+    (tmp_path / "parts").mkdir()
+    for n, lo in enumerate(range(0, whole.num_rows, 2)):
+        pq.write_table(whole.slice(lo, 2), tmp_path / "parts" / f"nodes-{n}.parquet")
+    pq.write_table(whole, tmp_path / "parts" / "other.parquet")
+    ingest(tables, str(tmp_path / "g"), "--nodes", f"{tmp_path}/parts/nodes-*.parquet")
+    assert open_graph(tmp_path / "g").num_nodes == whole.num_rows
+    with pytest.raises(DataError, match=r"no file matches .*edges-\*; write a pattern like"):
+        ingest(tables, str(tmp_path / "h"), "--edges", f"{tmp_path}/parts/edges-*")
+
+
 def test_a_remote_source_is_said_to_be_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="s3://bucket/tables is remote, and tables are read from local folders"):
         ingest("s3://bucket/tables", str(tmp_path / "g"))

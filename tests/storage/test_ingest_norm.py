@@ -107,7 +107,7 @@ def test_normalisation_that_cannot_be_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "e", np.ones((3, 2)), feature_norm_from=standard.path, feature_norm="row")
     with pytest.raises(DataError, match="row 0: feature 0 is .*, which normalisation takes to .*, beyond float32"):
         run(tmp_path / "f", np.full((3, 2), 3e38), feature_norm_from=standard.path)
-    with pytest.raises(DataError, match="row 1: feature 0 is nan"):
+    with pytest.raises(DataError, match="row 1: feature 0 is null or NaN"):
         run(tmp_path / "g", np.array([[1, 2], [np.nan, 3], [1, 1]]), feature_norm="standard")
     with pytest.raises(FormatError, match="nowhere"):
         run(tmp_path / "h", np.ones((3, 2)), feature_norm_from=tmp_path / "nowhere")

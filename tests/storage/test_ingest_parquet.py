@@ -31,6 +31,7 @@ def nodes(num_nodes: int = 6, **columns: Any) -> dict[str, Any]:
 
 def write(folder: Path, node_table: dict[str, Any], edge_table: dict[str, Any]) -> Tables:
     folder.mkdir(exist_ok=True)
+    node_table = {name: column for name, column in node_table.items() if column is not None}
     pq.write_table(pa.table(node_table), folder / "nodes.parquet")
     pq.write_table(pa.table(edge_table), folder / "edges.parquet")
     return folder / "nodes.parquet", folder / "edges.parquet"
@@ -203,11 +204,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
         {"feature": features([[0, 1], [2, 3], [4, np.nan]] * 2)},
         EDGES,
         {},
-        r"nodes.parquet, row 2: feature 1 is nan",
+        r"nodes.parquet, row 2: feature 1 is null or NaN; .*null_features=zero",
     ),
     "inf": ({"feature": features([[0, 1], [np.inf, 3]] * 3)}, EDGES, {}, r"row 1: feature 0 is inf"),
     "overflow": ({"feature": [[1e300], [0.0]] * 3}, EDGES, {}, r"row 0: feature 0 is 1e\+300, not a finite float32"),
-    "null value": ({"feature": [[1.0], [None]] * 3}, EDGES, {}, r"row 1: feature 0 is nan"),
+    "null value": ({"feature": [[1.0], [None]] * 3}, EDGES, {}, r"row 1: feature 0 is null or NaN"),
     "null feature": ({"feature": [[1.0], None] * 3}, EDGES, {}, r"row 1: feature is null"),
     "half": (
         {"feature": features([[0.0], [70000.0]] * 3)},
@@ -218,7 +219,25 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "width": ({"feature": [[1.0, 2], [1.0]] * 3}, EDGES, {}, r"row 1: feature has 1 values, others have 2"),
     "text": ({"feature": [["a"]] * 6}, EDGES, {}, r"feature holds lists of string"),
     "no width": ({"feature": [[]] * 6}, EDGES, {}, r"feature"),
-    "missing": ({}, {"source": [0], "dst": [1]}, {}, r"edge table has no column 'src'; did you mean 'source'"),
+    "missing": ({}, {"source": [0], "dst": [1]}, {}, r"has no column 'src'; did you mean 'source'.*src_column="),
+    "named null": (
+        {"feature": None, "f_age": [1, 2, None, 4, 5, 6]},
+        EDGES,
+        {"feature_prefix": "f_"},
+        r"nodes.parquet, row 2: feature 'f_age' is null or NaN",
+    ),
+    "named inf": (
+        {"feature": None, "f_age": [1.0, 2, np.inf, 4, 5, 6]},
+        EDGES,
+        {"feature_columns": "f_age"},
+        r"row 2: feature 'f_age' is inf, not a finite float32",
+    ),
+    "no feature": (
+        {"feature": None, "age": [1] * 6},
+        EDGES,
+        {},
+        r"no column 'feature'.*feature_column=.*feature_prefix=",
+    ),
     "missing set": ({}, EDGES, {"label_column": "labl"}, r"no column 'labl'; did you mean 'label'"),
     "no prefix": ({}, EDGES, {"feature_prefix": "zz"}, r"no column that starts with 'zz'"),
     "split": ({"split": ["train", "tset"] * 3}, EDGES, {}, r"row 1: split='tset'; give train"),
@@ -236,7 +255,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     ),
     "label": ({"label": [0, -5] * 3}, EDGES, {}, r"row 1: label -5 is below -1"),
     "fraction": ({"label": [0, 0.5] * 3}, EDGES, {}, r"row 1: label 0.5 is no whole number"),
-    "string label": ({"label": ["a"] * 6}, EDGES, {}, r"labels are of type string.*remap_labels=true"),
+    "string label": (
+        {"label": ["a"] * 6},
+        EDGES,
+        {"remap_labels": False},
+        r"labels are of type string.*drop remap_labels=false",
+    ),
     "flags": ({"label": [[0, 1], [0, 2]] * 3}, EDGES, {}, r"row 1: class 1 has label 2"),
     "weight": ({}, EDGES | {"weight": [1, 1, 1, np.inf, 1, 1]}, {}, r"edges.parquet, row 3: weight inf"),
 }
@@ -248,6 +272,42 @@ def test_bad_input_is_refused_with_row_and_value(tmp_path: Path, case: str) -> N
     with pytest.raises(DataError, match=message):
         run(write(tmp_path, nodes(**node_columns), edge_table), tmp_path / "out", **options)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+NULLS: dict[str, dict[str, Any]] = {
+    "columns": {"feature": None, "f_0": [1.0, None, 3, 4, 5, np.nan], "f_1": [1, 2, None, 4, 5, 6]},
+    "list": {"feature": [[1.0, 1], [None, 2], [3, None], [4, 4], [5, 5], [np.nan, 6]]},
+}
+
+
+@pytest.mark.parametrize("kind", NULLS)
+def test_nulls_become_zeros_where_asked(tmp_path: Path, kind: str) -> None:
+    prefix: dict[str, Any] = {"feature_prefix": "f_"} if kind == "columns" else {}
+    tables = write(tmp_path, nodes(**NULLS[kind]), EDGES)
+    store = run(tables, tmp_path / "out", null_features="zero", **prefix)
+    wanted = [[1, 1], [0, 2], [3, 0], [4, 4], [5, 5], [0, 6]]
+    assert store.features.tolist() == wanted
+    scaled = run(tables, tmp_path / "scaled", null_features="zero", feature_norm="standard", **prefix)
+    mean, deviation = np.mean(wanted, axis=0), np.std(wanted, axis=0)
+    assert np.allclose(scaled.features, (np.array(wanted) - mean) / deviation, atol=1e-6)
+    row: dict[str, Any] = {"feature": [[1.0, 1], None, [3, 3], [4, 4], [5, 5], [6, 6]]}
+    assert run(write(tmp_path / "row", nodes(**row), EDGES), tmp_path / "whole", null_features="zero").features[
+        1
+    ].tolist() == [0, 0]
+
+
+def test_strings_are_classes_without_being_asked_for(tmp_path: Path) -> None:
+    store = run(write(tmp_path, nodes(label=["dog", "cat", None, "dog", "eel", "cat"]), EDGES), tmp_path / "out")
+    assert store.class_values == ["cat", "dog", "eel"] and store.labels.tolist() == [1, 0, -1, 1, 2, 0]
+
+
+def test_fractions_and_columns_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    table = nodes(feature=None, age=[1, 2, 3, 4, 5, 6], income=[6, 5, 4, 3, 2, 1], label=[0, 1, None, 0, 1, None])
+    options = IngestOptions.model_validate({"split_fractions": "0.5,0.25, 0.25", "feature_columns": "age, income"})
+    assert options.split_fractions == (0.5, 0.25, 0.25) and options.feature_columns == ("age", "income")
+    store = ingest_parquet(*write(tmp_path, table, EDGES), tmp_path / "out", options, host_memory=MEMORY)
+    drawn = np.concatenate([store.split_ids("train"), store.split_ids("valid"), store.split_ids("test")])
+    assert sorted(drawn.tolist()) == [0, 1, 3, 4], "nodes without a label are in no split"
 
 
 def test_hash_collisions_of_node_ids_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_numpy_folder_with_sparse_ids(tmp_path: Path) -> None:
         ({"edge_weights": np.zeros(3)}, r"edge_weights.npy has 3 rows"),
         ({"train_ids": np.array([0, N])}, r"train_ids.npy, row 1: id=90 is no node"),
         ({"test_ids": np.array([80, 3])}, r"test_ids.npy, row 1: node 3 is in two splits"),
-        ({"features": np.full((N, F), np.nan)}, r"features.npy, row 0: feature 0 is nan"),
+        ({"features": np.full((N, F), np.nan)}, r"features.npy, row 0: feature 0 is null or NaN"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -357,7 +357,6 @@ def test_ids_of_splits_are_those_of_the_nodes(tmp_path: Path, caplog: pytest.Log
         ({"weights": np.ones((N, 2))}, "edge_weights.npy has shape .*; an edge has one weight"),
         ({"weights": np.array(["1"] * N)}, "edge_weights.npy is of type <U1; weights are numbers"),
         ({"labels": np.zeros((N, 2, 2))}, "labels.npy has shape .*; give one class per node"),
-        ({"labels": np.array(["a"] * N)}, "labels are of type string; .*remap_labels=true"),
         ({"labels": np.array(0)}, "labels.npy has no rows"),
         ({"features": np.array([["a"]] * N)}, "features are of type <U1; give numbers"),
         ({"features": np.ones((N, 3), np.complex64)}, "features are of type complex64; give numbers"),
