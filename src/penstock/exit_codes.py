@@ -10,6 +10,7 @@
 | 5 | an optional dependency is missing |
 | 75 | try again (EX_TEMPFAIL): whatever raised a `TryAgain`, from a stop with a checkpoint to a lost node |
 | 130 | interrupted |
+| 137 | killed (SIGKILL), as the kernel does where a container has no memory left; no error of ours ends so |
 """
 
 import os
@@ -23,6 +24,7 @@ _TERMINATION_LOG = "/dev/termination-log"
 _TERMINATION_BYTES = 4096
 
 OK, INTERNAL, USAGE, DATA, DOES_NOT_FIT, MISSING, RETRY, INTERRUPTED = 0, 1, 2, 3, 4, 5, 75, 130
+KILLED = 137
 
 
 def exit_code(error: BaseException) -> int:

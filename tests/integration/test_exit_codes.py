@@ -62,7 +62,7 @@ def test_the_documents_have_the_same_codes() -> None:
         return [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)]
 
     table = DOCS.read_text().partition("## Exit codes")[2].partition("## ")[0]
-    names = ("OK", "INTERNAL", "USAGE", "DATA", "DOES_NOT_FIT", "MISSING", "RETRY", "INTERRUPTED")
+    names = ("OK", "INTERNAL", "USAGE", "DATA", "DOES_NOT_FIT", "MISSING", "RETRY", "INTERRUPTED", "KILLED")
     wanted = [getattr(exit_codes, name) for name in names]
     assert codes(table) == codes(exit_codes.__doc__ or "") == wanted
 
