@@ -81,8 +81,8 @@ _TEXTS: dict[str, _Text] = {
     "train.evaluate_every": "epochs between evaluations on the valid split; 0 evaluates at the end",
     "train.checkpoint_items": "items after which a checkpoint is written, at least",
     "train.checkpoint_minutes": (
-        "minutes after which one is written, at least; the first comes with the first epoch or after two seconds, later "
-        "ones after as long again"
+        "minutes after which one is written, at least; the first comes with the first epoch or after two seconds, "
+        "later ones after as long again"
     ),
     "train.keep_checkpoints": "checkpoints that are kept",
     "train.log_every": "items between two lines of `metrics.jsonl`",
