@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from penstock import __version__, exit_codes
+from penstock.bench_options import BenchOptions
 from penstock.launch_options import KubernetesOptions, SubmitOptions
 from penstock.run_options import ConfigOptions, RunOptions, TrainOptions
 from penstock.storage import logs
@@ -337,31 +338,22 @@ def doctor(directory: Path = Path("."), *, json: bool = False) -> None:
 
 @app.command
 def bench(
-    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline", "cluster", "memory"],
+    name: Literal["sample", "pack", "feed", "epoch", "kernels", "pipeline", "cluster", "memory", "policies", "all"],
     *,
-    out_of_core: bool = False,
-    scale: float = 1.0,
-    repeats: int = 5,
-    directory: Path | None = None,
-    device: str = "cpu",
-    json: bool = False,
+    options: BenchOptions | None = None,
 ) -> None:
     """Measure Penstock and a peer in one run and print the ratio.
 
+    One repeat at --scale 0.02 takes, on two cores that have other work too: policies and pack 10 s, sample, feed and
+    kernels half a minute, epoch and cluster one, memory and pipeline two; all of them seven. Graphs grow with the
+    scale, and with them the time.
+
     Args:
-        name: What to measure.
-        out_of_core: Of `bench pipeline`, the case whose histories do not fit in memory, and no other.
-        scale: Size of the graph, from 0.002 to 10; 1 is that of the published results, 0.1 takes under a minute.
-        repeats: Interleaved repeats; medians are compared.
-        directory: Folder for the graph and packs; default: a temporary one.
-        device: Where `bench epoch` trains, cpu or cuda; the others measure the host.
-        json: One JSON object per case and line, the machine last.
+        name: What to measure; all: everything, one after the other.
     """
     from penstock.benchmarks.run import run_bench
 
-    run_bench(
-        name, out_of_core=out_of_core, scale=scale, repeats=repeats, directory=directory, device=device, as_json=json
-    )
+    run_bench(name, **(options or BenchOptions()).arguments())
 
 
 def run(command: Callable[[], object]) -> int:

@@ -83,7 +83,7 @@ def test_unequal_sides_are_an_error(setting: Setting) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("PENSTOCK_SLOW" not in os.environ, reason="set PENSTOCK_SLOW: half a minute of starting processes")
 def test_in_processes_from_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_bench("pipeline", scale=0.002, repeats=1, directory=tmp_path, as_json=False)
+    run_bench("pipeline", scale=0.002, repeats=1, directory=tmp_path, quiet=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
         "two_stages",
@@ -96,4 +96,4 @@ def test_in_processes_from_the_command(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_out_of_core_is_an_option_of_this_bench_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--out-of-core is for bench pipeline"):
-        run_bench("sample", scale=1, repeats=1, directory=tmp_path, out_of_core=True, as_json=True)
+        run_bench("sample", scale=1, repeats=1, directory=tmp_path, out_of_core=True)
