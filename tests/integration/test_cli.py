@@ -138,7 +138,7 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
         (["train", "{graph}", "--run-dir", "{graph}/manifest.json"], 2, "is a file"),
         (["ingest", "{graph}/../in", "{graph}/manifest.json"], 2, "is a file"),
         (["inspect", "{tmp}"], 3, "no graph store"),
-        (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no trained model"),
+        (["infer", "{tmp}", "{tmp}/x.parquet"], 3, "no config.yaml: it is no run"),
         (["bench", "sample", "--scale", "0.0019"], 2, "--scale 0.0019 must be from 0.002"),
         (["quickstart", "{tmp}/q", "--num-nodes", "49999"], 2, "use 50000 or more"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--fanouts", "-x"], 2, "write integers"),
