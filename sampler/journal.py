@@ -1,7 +1,8 @@
 """How far a packing pass is, so that a killed one goes on: one small file, replaced atomically.
 
-Layout: int64 length of the JSON, the JSON, then `StreamStates`, one record per stream. The bytes of a stream lie in its
-window's file, the last page padded with zeros; they are synced before the journal says that they are there.
+Layout: int64 length of the JSON, the JSON, `StreamStates`, one record per stream, and xxh3-64 of all before. The bytes
+of a stream lie in its window's file, the last page padded with zeros; they are synced before the journal says that they
+are there, and compared with it before a pass goes on or publishes them.
 """
 
 import json
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.directio import PAGE, page_up
 from penstock.storage.manifest import write_atomic
 
 NAME = "packing.journal"
-StreamStates = NDArray[Any]  # of STATE; tells of each stream what was appended and what conversion changed in it
-STATE = np.dtype([("position", "<i8"), ("xxh3", "<u8"), ("largest", "<f8"), ("total", "<f8")])
+_SEAL_BYTES = 8
+# Of STATE: of each stream what was appended, what conversion changed, and of a sorted bucket the sum of its pages.
+StreamStates = NDArray[Any]
+STATE = np.dtype([("position", "<i8"), ("xxh3", "<u8"), ("sorted", "<u8"), ("largest", "<f8"), ("total", "<f8")])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +47,18 @@ def journal_bytes(num_streams: int) -> int:
 def write_journal(folder: Path, journal: Journal, states: StreamStates) -> None:
     """Replace the journal; the files it speaks of must be synced."""
     text = json.dumps(asdict(journal)).encode()
-    write_atomic(folder / NAME, np.int64(len(text)).tobytes() + text + states.tobytes())
+    data = np.int64(len(text)).tobytes() + text + states.tobytes()
+    write_atomic(folder / NAME, data + xxhash.xxh3_64_digest(data))
 
 
 def read_journal(folder: Path) -> tuple[Journal, StreamStates] | None:
-    """The journal and the states [S], or None where there is none, or none that this release wrote whole."""
+    """The journal and the states [S], or None where there is none that this release wrote, whole and undamaged."""
     try:
         data = (folder / NAME).read_bytes()
     except FileNotFoundError:
+        return None
+    data, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if xxhash.xxh3_64_digest(data) != seal:
         return None
     try:
         end = 8 + int(np.frombuffer(data, "<i8", 1)[0])

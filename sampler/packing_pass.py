@@ -25,10 +25,10 @@ from penstock.sampler.pass_layout import GATHERERS, PassLayout, PassMemory, lay_
 from penstock.sampler.plan import Plan
 from penstock.sampler.recording import PlanArrays
 from penstock.sampler.row_source import RowSource, write_row_error
-from penstock.sampler.segment_order import bucket_order, segment_sums, sort_buckets
+from penstock.sampler.segment_order import bucket_order, safe_copy, segment_sums, sort_buckets
 from penstock.sampler.streams import StreamWriter
 from penstock.storage.directio import PAGE, DirectFile
-from penstock.storage.errors import DoesNotFit
+from penstock.storage.errors import DoesNotFit, FormatError
 from penstock.storage.manifest import fsync_folder
 from penstock.storage.npyfile import write_npy
 from penstock.storage.pack import PackIndex, encode_extent_head, has_window, write_pack_index
@@ -61,6 +61,8 @@ class PackingPass:
         self.arrays: PlanArrays = plan.arrays
         self.layout: PassLayout = lay_out(plan, windows, memory.bucket_rows)
         self.journal = Journal(plan=plan.digest, windows=tuple(windows), bucket_rows=memory.bucket_rows)
+        self._buckets = [n for n, region in enumerate(self.layout.regions) if region.item < 0]
+        self._sorted = np.zeros(len(self.layout.regions), np.uint64)  # sums of sorted buckets
         self.errors = np.zeros((len(self.layout.regions), 2))  # of each stream, see `RowSource.copy`
         self._next_ids = np.zeros(len(self.layout.regions), np.int64)  # none of a stream's that are left is smaller
         self.sources = [RowSource(plan.stored, plan.meta.row_format, self._chunk_rows) for _ in range(GATHERERS)]
@@ -71,7 +73,18 @@ class PackingPass:
         return max(1, (self.memory.stage_bytes - PAGE) // self.plan.meta.row_format.row_bytes)
 
     def run(self, begun: tuple[Journal, StreamStates] | None = None) -> None:
-        """Pack, or go on where a killed run `begun` was. DoesNotFit where the disk is full, Stale where it cannot."""
+        """Pack, or go on where a killed run `begun` was.
+
+        DoesNotFit where the disk is full, Stale where it cannot go on, FormatError where the disk damaged what is read
+        back; then the next pass begins anew.
+        """
+        try:
+            self._run(begun)
+        except FormatError:
+            delete_journal(self.out)
+            raise
+
+    def _run(self, begun: tuple[Journal, StreamStates] | None) -> None:
         with ExitStack() as stack:
             files = self._open_files(stack, fresh=begun is None)
             reader = stack.enter_context(
@@ -119,14 +132,16 @@ class PackingPass:
     def _resume(self, writer: StreamWriter, buffer: NDArray[np.uint8], journal: Journal, states: StreamStates) -> None:
         """Take streams up where they were, after a look at all bytes that are there."""
         self.journal = journal
-        buckets = 0
+        # A bucket's bytes are in another order once they are sorted, and in none while they are being replaced; those
+        # are compared where they are read.
+        replaced = max(0, journal.buckets_done)
+        replaced += journal.buckets_done >= 0 and safe_copy(self.out, journal.buckets_done) is not None
+        apart = set(self._buckets[:replaced])
         for stream, region in enumerate(self.layout.regions):
             found = writer.resume(stream, int(states["position"][stream]), buffer)
-            is_bucket = region.item < 0
-            # A bucket's bytes are in another order once they are sorted, and in none while they are being replaced.
-            if not (is_bucket and buckets <= journal.buckets_done) and found != int(states["xxh3"][stream]):
+            if stream not in apart and found != int(states["xxh3"][stream]):
                 raise Stale(f"{self._path(region.window)} was damaged at byte {region.offset} or behind it")
-            buckets += is_bucket
+        self._sorted[:] = states["sorted"]
         self.errors[:, 0], self.errors[:, 1] = states["largest"], states["total"]
 
     def _write_prefixes(self, writer: StreamWriter, buffer: NDArray[np.uint8]) -> None:
@@ -204,6 +219,7 @@ class PackingPass:
         self.journal = replace(self.journal, rows_done=rows_done, buckets_done=buckets_done)
         states = np.empty(len(self.layout.regions), STATE)
         states["position"], states["xxh3"] = writer.positions, [digest.intdigest() for digest in writer.digests]
+        states["sorted"] = self._sorted
         states["largest"], states["total"] = self.errors.T
         write_journal(self.out, self.journal, states)
 
@@ -222,14 +238,20 @@ class PackingPass:
     ) -> None:
         rows_done = self.journal.rows_done
         self._checkpoint(writer, rows_done, max(0, self.journal.buckets_done))
+
+        def note(done: int, xxh3: int) -> None:
+            self._sorted[self._buckets[done - 1]] = xxh3
+            self._checkpoint(writer, rows_done, done)
+
         sort_buckets(
             self.plan,
-            [region for region in self.layout.regions if region.item < 0],
+            [self.layout.regions[stream] for stream in self._buckets],
             files,
             self.out,
             buffers,
+            [writer.digests[stream].intdigest() for stream in self._buckets],
             done=self.journal.buckets_done,
-            on_done=lambda done: self._checkpoint(writer, rows_done, done),
+            on_done=note,
         )
 
     def _publish(self, files: dict[int, DirectFile], writer: StreamWriter, buffer: NDArray[np.uint8]) -> None:
@@ -237,7 +259,9 @@ class PackingPass:
             if has_window(self.out, self.plan.first_window + window):
                 continue  # a killed run had come this far
             number, shared = self.plan.first_window + window, self.layout.shared_bytes[window]
-            pages = segment_sums(files[window], shared, buffer)
+            mine = [stream for stream in self._buckets if self.layout.regions[stream].window == window]
+            buckets, sums = [self.layout.regions[stream] for stream in mine], self._sorted[mine].tolist()
+            pages = segment_sums(self.plan, buckets, sums, files[window], buffer)
             os.replace(files[window].path, self.out / window_name(number, "pack"))
             arrays: dict[str, NDArray[Any]] = {"residents": self.arrays.residents[window]}
             arrays |= {"pages": pages} if shared else {}

@@ -15,7 +15,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")):
         try:
-            found += [json.loads(line)] if line else []
+            record = json.loads(line) if line else None
+            if record is not None and not isinstance(record, dict):
+                raise ValueError(f"it holds {type(record).__name__}, not an object")
+            found += [] if record is None else [record]
         except ValueError as error:
             logger.warning("%s, line %d is damaged and left out: %s", path, number + 1, error)
     return found

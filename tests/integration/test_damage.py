@@ -15,6 +15,7 @@ from penstock.config import RunConfig, load_config
 from penstock.exit_codes import DATA, exit_code
 from penstock.inference import infer
 from penstock.inspection import describe
+from penstock.records import epoch_records
 from penstock.storage.budget import MIB
 from penstock.storage.errors import DataError
 from penstock.storage.generate import GenerateConfig, generate_graph
@@ -289,3 +290,17 @@ def test_damaged_models_are_not_used(base: Path, tmp_path: Path, how: str) -> No
         assert (run / name).read_bytes() == before
     infer(run, out)
     assert out.is_file()
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"epoch": 1, "train_loss": 0.5}',
+        '{"epoch": 2, "tra',
+        "\x00\x00",
+        "7",
+        '{"epoch": 3, "train_loss": 0.25}',
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert [record["epoch"] for record in epoch_records(path)] == [1, 3]
+    assert [f", line {number} is damaged" in caplog.text for number in range(1, 6)] == [False, True, True, True, False]

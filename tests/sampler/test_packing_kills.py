@@ -14,7 +14,7 @@ from penstock.sampler.packer import write_packs
 from penstock.sampler.plan import Plan
 from penstock.sampler.streams import StreamWriter
 from penstock.storage.directio import DirectFile
-from penstock.storage.errors import DataError, DoesNotFit
+from penstock.storage.errors import DataError, DoesNotFit, FormatError
 from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import checksum_file
 from penstock.storage.pack import has_window, is_complete
@@ -167,3 +167,44 @@ def test_unfinished_packs_of_another_budget_begin_anew(
     assert "begins anew" in caplog.text and "host_slots" in caplog.text
     write_packs(second, tiny_graph, small_trace, tmp_path / "whole", host_memory=4 << 20)
     assert files_of(out) == files_of(tmp_path / "whole") and has_window(out, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_disk_damaged_between_two_runs_is_not_published(
+    wide_graph: GraphStore,
+    wide_trace: Trace,
+    make_plan: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    """One bit of what a killed run left, of any file and at any point of the pass: extents, buckets before they are
+    sorted, their sorted copies, sorted segments, the journal."""
+    plan = make(make_plan, wide_graph, wide_trace, layout)
+    fuse, rng, flipped = Fuse(monkeypatch), np.random.default_rng(5), set()
+    fuse.left = 1 << 30
+    write_packs(plan, wide_graph, wide_trace, tmp_path / "whole", host_memory=64 << 20, checkpoint_s=0)
+    expected, longest = files_of(tmp_path / "whole"), (1 << 30) - fuse.left
+    scans, ends = np.linspace(10, longest - 30, 8).astype(int), np.arange(longest - 30, longest - 1)
+    for trial, left in enumerate([*scans, *ends]):
+        out = tmp_path / f"killed-{trial}"
+        fuse.left = int(left)
+        with pytest.raises(Killed):
+            write_packs(plan, wide_graph, wide_trace, out, host_memory=64 << 20, checkpoint_s=0)
+        there = [path for path in sorted(out.iterdir()) if path.suffix not in (".npy", ".json", ".tmp")]
+        there = [path for path in there if path.stat().st_size]
+        copies = [path for path in there if path.suffix == ".sorted"]
+        path = copies[0] if copies and trial % 2 else there[int(rng.integers(len(there)))]
+        data = np.memmap(path, np.uint8, "r+")
+        data[int(rng.integers(len(data) // (1 + trial % 3)))] ^= 1 << int(rng.integers(8))
+        del data
+        flipped.add(path.suffix)
+        fuse.left = 1 << 30
+        try:
+            write_packs(plan, wide_graph, wide_trace, out, host_memory=64 << 20, checkpoint_s=0)
+        except FormatError as error:
+            assert "run the same command again, it packs anew" in str(error)
+            write_packs(plan, wide_graph, wide_trace, out, host_memory=64 << 20, checkpoint_s=0)
+        assert files_of(out) == expected, (trial, path)
+    assert {".partial", ".journal"} <= flipped and (".sorted" in flipped) == (layout == "shared")

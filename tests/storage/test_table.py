@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.inspection import run_inspect
+from penstock.locations import local_dataset
 from penstock.storage.blocks import BLOCK_BYTES
 from penstock.storage.directio import page_up
 from penstock.storage.errors import FormatError
@@ -116,6 +117,22 @@ def test_a_store_without_checksums_of_blocks_reads_with_one_warning_and_is_seale
     gather_rows(sealed, np.arange(3), out)
     assert not caplog.messages and sealed.fingerprint == graph.fingerprint == large.fingerprint
     assert (sealed.path / "features.sums.npy").read_bytes() == (large.path / "features.sums.npy").read_bytes()
+
+
+def test_a_store_at_a_uri_is_sealed_there(large: GraphStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    graph = as_version_1(open_graph(shutil.copytree(large.path, tmp_path / "bucket" / "g")))
+    uri, sums = graph.path.as_uri(), graph.path / "features.sums.npy"
+    run_inspect(uri, validate=True, as_json=True, stage_dir=tmp_path / "host")
+    assert not sums.exists()
+    run_inspect(uri, validate=True, seal=True, as_json=True, stage_dir=tmp_path / "host")
+    sealed = open_graph(graph.path)
+    assert sums.read_bytes() == (large.path / sums.name).read_bytes() and sealed.fingerprint == large.fingerprint
+    written = sums.stat().st_mtime_ns
+    with caplog.at_level("WARNING"):
+        for host in ("host", "another"):
+            run_inspect(uri, validate=True, seal=True, as_json=True, stage_dir=tmp_path / host)
+            gather_rows(open_graph(local_dataset(uri, tmp_path / host)), np.arange(3), np.empty((3, 1200), np.uint8))
+    assert not caplog.messages and sums.stat().st_mtime_ns == written
 
 
 def test_a_damaged_store_is_not_sealed(large: GraphStore, tmp_path: Path) -> None:
