@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from penstock.overrides import flatten
+
 if TYPE_CHECKING:
     from penstock.config import RunConfig
 
@@ -194,6 +196,13 @@ def effective(config: "RunConfig") -> dict[str, Any]:
     """The keys that something reads in this configuration, dotted, with their values."""
     read = {key: value for key, value in _values(config)}
     return {key: value for key, value in read.items() if all(row.when(config) for row in EFFECTS if row.covers(key))}
+
+
+def effective_flat(config: "RunConfig") -> dict[str, Any]:
+    """`effective` as JSON under dotted keys, also of what lies within mappings: for who shows a configuration."""
+    kept = effective(config)
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if any(key == own or key.startswith(f"{own}.") for own in kept)}
 
 
 def chosen(config: "RunConfig") -> dict[str, Any]:

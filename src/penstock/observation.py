@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from penstock.config import RunConfig
+from penstock.effects import effective_flat
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
 from penstock.engine.prefetch import FeedStats
 from penstock.epochs import EpochWatch, OnEpoch
-from penstock.overrides import flatten
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.progress import Progress
 from penstock.storage.spans import TRACE, SpanLog
@@ -24,7 +24,10 @@ from penstock.tracking.tracker import Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
-_KEPT = ("config.yaml", "result.json", "metrics.jsonl", "timeline.json")
+_KEPT = (
+    *("config.yaml", "result.json", "metrics.jsonl", "timeline.json", "report.html", "curves.png", "schedule.png"),
+    *("model/model.json", "model/model.safetensors"),
+)
 
 
 class Leg(Protocol):
@@ -71,6 +74,11 @@ class Observation:
         self._epochs.take(record)
         self._trackers.observe(record)
         self._observe_on_ray(record)
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """Take the result of a run that is done: trackers get its numbers, under `result/`."""
+        step = result["epochs"][-1]["step"] if result["epochs"] else result["metrics"]["steps"]
+        self._trackers.observe({"step": step, **final_numbers(result)})
 
     def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Take what every rank did so far; for the keys see `cluster.metrics`."""
@@ -150,6 +158,25 @@ class Observation:
         self.timeline.add(rank, log, offset_s=offset_s)
 
 
+def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What `result.json` adds to `metrics.jsonl`: last scores, best epoch, rate, hit rates, stalls, timings, memory."""
+    metrics = {key: value for key, value in result["metrics"].items() if key not in ("steps", "epochs")}
+    found = {
+        **metrics,
+        **result.get("throughput", {}),
+        **{f"hit_rate_{tier}": share for tier, share in result.get("hit_rates", {}).items()},
+        **result.get("stalls", {}),
+        **result["timings"],
+        "bytes_read": result.get("bytes_read"),
+        "peak_rss_bytes": result["peak_rss_bytes"],
+    }
+    return {f"result/{key}": float(value) for key, value in found.items() if _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _by_tier(feed: FeedStats, row_bytes: int) -> dict[str, Any]:
     rows = {"device": feed.device_rows, "host": feed.host_rows, "pack": feed.pack_rows}
     return {"hit_rates": feed.hit_rates, "bytes": {tier: count * row_bytes for tier, count in rows.items()}}
@@ -162,7 +189,7 @@ def observed(config: RunConfig, show: Progress, on_epoch: Sequence[OnEpoch | Non
     MissingDependency, at once, where a tracker's library is not installed.
     """
     run_dir = config.results_dir
-    with open_trackers(config.track.trackers, run_dir, flatten(config.model_dump(mode="json"))) as trackers:
+    with open_trackers(config.track.trackers, run_dir, effective_flat(config)) as trackers:
         found = Observation(config, trackers, show, on_epoch)
         TRACE.watch(config.track.trace_steps)
         try:

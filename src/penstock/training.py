@@ -238,7 +238,9 @@ def train(
         assert run.status is not None, "open_run has made it"
         with observed(run.config, progress, (on_epoch, run.status.epoch)) as watch:
             try:
-                return _job(run, result_json, watch)
+                result = _job(run, result_json, watch)
+                watch.finished(result)
+                return result
             except (Exception, KeyboardInterrupt) as error:
                 _report_failure(run, error, result_json)
                 raise

@@ -60,7 +60,9 @@ def test_a_rate_is_one_number_on_the_terminal_and_in_all_files(
     assert f"{mean:,.4g} items/s" in " ".join(told.out)
 
 
-@pytest.mark.parametrize("words", [SAMPLED, [*SAMPLED[:-2], "--in-memory"], CHUNKED])
+@pytest.mark.parametrize(
+    "words", [SAMPLED, *(pytest.param(w, marks=pytest.mark.slow) for w in ([*SAMPLED[:-2], "--in-memory"], CHUNKED))]
+)
 def test_every_second_has_a_name(
     words: list[str], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,7 +139,9 @@ def test_only_what_was_given_is_called_given(graph: Path, tmp_path: Path) -> Non
     assert found is not None and {line.split(":")[0] for line in found[1].splitlines()} == given
 
 
-@pytest.mark.parametrize("given", [SAMPLED, {**SAMPLED, "train.log_every": 1000}, CHUNKED])
+@pytest.mark.parametrize(
+    "given", [SAMPLED, {**SAMPLED, "train.log_every": 1000}, pytest.param(CHUNKED, marks=pytest.mark.slow)]
+)
 def test_curves_show_items_epochs_and_the_best(given: dict[str, Any], graph: Path, tmp_path: Path) -> None:
     result = train(configure(graph, tmp_path / "run", given))
     loss, metric = Page((tmp_path / "run" / "report.html").read_text()).panels()
@@ -153,6 +155,7 @@ def test_curves_show_items_epochs_and_the_best(given: dict[str, Any], graph: Pat
     assert told(tmp_path / "run" / "curves.png")["Title"].startswith("run: 3 epochs, best valid micro f1 ")
 
 
+@pytest.mark.slow
 def test_the_schedule_tells_waiting_from_sending(graph: Path, tmp_path: Path) -> None:
     result = train(configure(graph, tmp_path / "run", CHUNKED))
     found = told(tmp_path / "run" / "schedule.png")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from event_files import events, scalars
 
-from penstock.config import load_config
+from penstock.config import RunConfig, load_config
 from penstock.engine.metrics import MetricsWriter
 from penstock.engine.trainer import Stopped
 from penstock.storage.errors import MissingDependency
@@ -185,6 +185,86 @@ def test_a_run_and_its_continuation_are_on_tensorboard(tmp_path: Path) -> None:
         assert [value for _, value in shown[name]] == pytest.approx([value for _, value in wanted], rel=1e-5)
 
 
+def small_run(tmp_path: Path, **given: Any) -> RunConfig:
+    generate_graph(
+        tmp_path / "graph",
+        GenerateConfig(num_nodes=600, num_features=8, train=0.3, valid=0.1, test=0.1),
+        host_memory=64 << 20,
+    )
+    flags = {
+        "dataset": str(tmp_path / "graph"),
+        "run_dir": str(tmp_path / "run"),
+        "model.hidden": 8,
+        "train.epochs": 2,
+        "train.threads": 1,
+        "track.trackers": ("tensorboard",),
+    }
+    return load_config(None, (), flags | given)
+
+
+SAMPLED = {"budgets.host_memory": "8MiB", "sampler.fanouts": (3, 3), "sampler.batch_size": 32}
+CHUNKED = {"mode": "chunked", "chunked.chunks": 4, "chunked.stages": 2, "model.num_layers": 3}
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param(SAMPLED, id="sampled"), pytest.param(CHUNKED, id="chunked", marks=pytest.mark.slow)]
+)
+def test_trackers_get_what_a_run_came_to(given: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install tensorboardX")
+    result = train(small_run(tmp_path, **given))
+    shown = {tag: points[-1][1] for tag, points in scalars(events(tmp_path / "run" / "tensorboard")).items()}
+    wanted = {
+        **{key: result["metrics"][key] for key in ("test_accuracy", "valid_accuracy", "best_epoch")},
+        **result["throughput"],
+        **result["timings"],
+        **result["stalls"],
+        **{f"hit_rate_{tier}": share for tier, share in result.get("hit_rates", {}).items()},
+    }
+    found = {key: shown[f"result/{key}"] for key in wanted}
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert "result/test_accuracy" in shown and ("result/hit_rate_host" in shown) == (given is SAMPLED)
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param(SAMPLED, id="sampled"), pytest.param(CHUNKED, id="chunked", marks=pytest.mark.slow)]
+)
+def test_trackers_get_the_model_the_pictures_and_the_keys_that_are_read(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, configs = Recorder(), list[Mapping[str, Any]]()
+
+    def open_it(run_dir: Path, config: Mapping[str, Any]) -> Tracker:
+        configs.append(config)
+        return found
+
+    monkeypatch.setattr(tracker_module, "_find_opener", lambda name: open_it)
+    train(small_run(tmp_path, **given))
+    pictures = {"curves.png", "report.html"} | ({"schedule.png"} if given is CHUNKED else set())
+    files = {"config.yaml", "result.json", "metrics.jsonl", "model.json", "model.safetensors"}
+    assert set(found.kept) == files | pictures and found.status == "ok"
+    (config,) = configs
+    assert {"train.lr", "model.hidden", "dataset"} <= set(config)
+    other = "chunked." if given is SAMPLED else "sampler."
+    assert not [key for key in config if key.startswith(other)] and "train.momentum" not in config
+
+
+def test_mlflow_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
+    if int(mlflow.__version__.split(".")[0]) < 3:
+        pytest.skip("this MLflow takes folders as they are")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    with caplog.at_level(logging.WARNING, "penstock"), open_trackers(("mlflow",), tmp_path, {}) as trackers:
+        trackers.observe({"step": 1, "loss": 1.0})
+    assert "MLFLOW_ALLOW_FILE_STORE=true is set; set it, or set MLFLOW_TRACKING_URI" in caplog.messages[0]
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the remedy
+    with open_trackers(("mlflow",), tmp_path, {}) as trackers:
+        trackers.observe({"step": 1, "loss": 1.0})
+    assert json.loads((tmp_path / "tracking" / "mlflow.json").read_text())["last"] == {"loss": 1}
+
+
 def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow's own server is not in mlflow-skinny
@@ -202,7 +282,9 @@ def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert client.get_run(run_id).info.status == "KILLED"
     with open_trackers(("mlflow",), run, {**config, "train.lr": 0.02}) as trackers:
         write_all(trackers, run / "metrics.jsonl", RECORDS)
-        trackers.artefacts([run / "config.yaml"])
+        (run / "model").mkdir()
+        (run / "model" / "model.json").write_text("{}")
+        trackers.artefacts([run / "config.yaml", run / "model" / "model.json"])
     found = client.get_run(run_id)
     assert found.info.status == "FINISHED" and found.info.run_name == "run-1"
     assert client.get_experiment(found.info.experiment_id).name == "trials"
@@ -210,7 +292,8 @@ def test_mlflow_gets_every_step_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert history == [(10, 2.0), (20, 1.0), (30, 0.5)]
     assert len(found.data.params) == len(config) and found.data.params["train.lr"] == "0.01"
     assert found.data.params["model.kwargs.api_token"] == "***"
-    assert [file.path for file in client.list_artifacts(run_id)] == ["config.yaml"]
+    assert [file.path for file in client.list_artifacts(run_id)] == ["config.yaml", "model"]
+    assert [file.path for file in client.list_artifacts(run_id, "model")] == ["model/model.json"]
 
     given = client.create_run(found.info.experiment_id).info.run_id  # as a platform's step would
     monkeypatch.setenv("MLFLOW_RUN_ID", given)

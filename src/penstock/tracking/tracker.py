@@ -94,9 +94,12 @@ class _Courier:
 
     def _drop(self, reason: str) -> None:
         self._dropped += 1
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("%s does not take a record: %s; training goes on", self._name, reason)
+            logger.warning("%s takes no records: %s; training goes on", self._name, reason)
 
     def _run(self) -> None:
         tracker: Tracker | None = None
@@ -105,6 +108,7 @@ class _Courier:
             tracker = self._open()
         except Exception as error:  # the boundary: services fail in their own ways, and none may end training
             reason = f"it could not be opened ({redact_text(f'{type(error).__name__}: {error}')})"
+            self._warn(reason)
         while (action := self._queue.get()) is not None:
             if tracker is None:
                 self._drop(reason)

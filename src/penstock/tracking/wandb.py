@@ -15,8 +15,8 @@ from penstock.tracking.tracker import Ledger, Status, Tracker
 class Wandb:
     """See Tracker."""
 
-    def __init__(self, run: Any, ledger: Ledger) -> None:
-        self._run, self._ledger = run, ledger
+    def __init__(self, run: Any, ledger: Ledger, run_dir: Path) -> None:
+        self._run, self._ledger, self._run_dir = run, ledger, run_dir
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """See Tracker."""
@@ -28,7 +28,7 @@ class Wandb:
         """See Tracker."""
         found = wandb.Artifact(f"run-{self._run.id}", type="penstock-run")
         for path in paths:
-            found.add_file(str(path))
+            found.add_file(str(path), name=path.relative_to(self._run_dir).as_posix())
         self._run.log_artifact(found)
 
     def end(self, status: Status) -> None:
@@ -50,4 +50,4 @@ def open_tracker(run_dir: Path, config: Mapping[str, Any]) -> Tracker:
         settings=wandb.Settings(silent=True, disable_git=True, disable_code=True),
     )
     ledger.note(run_id)
-    return Wandb(run, ledger)
+    return Wandb(run, ledger, run_dir)
