@@ -40,6 +40,10 @@ class Block:
     draws: Draws | None = None
     cache: BlockCache | None = None
 
+    def __repr__(self) -> str:
+        weights = ", with weights" if self.edge_weights is not None else ""
+        return f"Block({self.num_src:,} sources, {self.num_dst:,} destinations, {self.num_edges:,} edges{weights})"
+
     @property
     def num_edges(self) -> int:
         """E."""
@@ -82,6 +86,10 @@ class MiniBatch:
     labels: Tensor
     blocks: tuple[Block, ...]
     features: Tensor
+
+    def __repr__(self) -> str:
+        shape = " x ".join(f"{size:,}" for size in self.features.shape)
+        return f"MiniBatch(step {self.step:,}: {self.num_seeds:,} seeds, features {shape}, {list(self.blocks)})"
 
     @property
     def seeds(self) -> Tensor:

@@ -20,7 +20,7 @@ from penstock.sampler.policies import PolicyName
 from penstock.sampler.recording import PlanArrays, Recording, Table, record
 from penstock.sampler.scratch import ItemArrays
 from penstock.sampler.sizing import ROLLING_MARGIN, ItemSizes, choose_slots, device_slots, settle_with
-from penstock.storage.budget import Budgets
+from penstock.storage.budget import Budgets, format_bytes
 from penstock.storage.errors import DataError
 from penstock.storage.graph import GraphStore
 from penstock.storage.pack import ExtentHead, PackMode, PackSetMeta, trace_digest
@@ -56,6 +56,14 @@ class Plan:
     table: Table
     stored: RowFormat
     summary: PlanSummary | None
+
+    def __repr__(self) -> str:
+        meta, found = self.meta, self.summary
+        packs = "" if found is None else f"; {format_bytes(found.pack_bytes)} of packs"
+        return (
+            f"Plan({self.mode}, {meta.policy}: {meta.num_items:,} items in {meta.num_windows:,} windows, "
+            f"{meta.device_slots:,} device and {meta.host_slots:,} host slots{packs})"
+        )
 
     @property
     def digest(self) -> str:

@@ -90,6 +90,14 @@ class GraphStore:
         self.row_format = RowFormat(dtype=meta.feature_dtype, width=meta.num_features)
         self._string_groups: dict[int, pa.Array] = {}
 
+    def __repr__(self) -> str:
+        meta = self.meta
+        sizes = ", ".join(f"{split} {self.num_seeds(split):,}" for split in SPLITS)
+        return (
+            f"GraphStore({str(self.path)!r}: {meta.num_nodes:,} nodes, {meta.num_edges:,} edges, {meta.num_features:,} "
+            f"{meta.feature_dtype} features, {meta.num_classes:,} classes; {sizes})"
+        )
+
     @property
     def num_nodes(self) -> int:
         """N."""

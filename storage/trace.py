@@ -379,6 +379,13 @@ class Trace:
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self.path, self.meta = path, meta
 
+    def __repr__(self) -> str:
+        meta = self.meta
+        return (
+            f"Trace({str(self.path)!r}: {meta.num_epochs:,} epochs of {meta.items_per_epoch:,} items of {meta.split}, "
+            f"fanouts {list(meta.fanouts)}, {meta.method}, seed {meta.seed})"
+        )
+
     def window(self, window: int) -> TraceWindow:
         """Open one window."""
         return TraceWindow(self.path, read_window_index(self.path, window))

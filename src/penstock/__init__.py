@@ -3,8 +3,9 @@
 The public API, loaded when it is used, so that `import penstock` costs nothing:
 
 `ingest_parquet`, `ingest_npy`, `ingest_ogb`, `ingest_dgl`, `ingest_pyg`, `generate_graph`, `open_graph` make and open
-graph stores; `load_config`, `train`, `infer` run the main job; `sample_trace`, `plan_packs`, `write_packs`,
-`open_pack_feed`, `open_memory_feed` are its steps, for pipelines of your own.
+graph stores; `load_config`, `train`, `infer`, `load_model` run the main job; `open_feed` and `write_nodes` serve loops
+of your own; `sample_trace`, `plan_packs`, `write_packs`, `open_pack_feed`, `open_memory_feed` are its steps one by one,
+for pipelines. Paths may be text, and so may sizes, like `host_memory="4GiB"`. Each function has a help of its own.
 """
 
 import importlib
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test c
     from penstock.storage.trace import open_trace as open_trace
     from penstock.tables import write_nodes as write_nodes
     from penstock.training import train as train
+    from penstock.watching import show_progress as show_progress
 
 __version__ = "0.1.0"
 
@@ -81,6 +83,7 @@ _HOMES = {
     "open_trace": "penstock.storage.trace",
     "plan_packs": "penstock.sampler.plan",
     "sample_trace": "penstock.sampler.neighbors",
+    "show_progress": "penstock.watching",
     "train": "penstock.training",
     "write_nodes": "penstock.tables",
     "write_packs": "penstock.sampler.packer",

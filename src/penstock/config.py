@@ -274,7 +274,15 @@ def _place_locally(value: dict[str, Any]) -> dict[str, Any]:
 def load_config(
     file: AnyPath | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Compose a configuration; `flags` have dotted keys and count only where they are not None.
+    """Compose the configuration of a run, for `penstock.train`.
+
+        penstock.load_config(flags={"dataset": "papers.graph", "run_dir": "runs/papers", "sampler.fanouts": (10, 15)})
+        penstock.load_config("run.yaml", ["train.lr=0.01"])
+
+    The later wins: a YAML file; `overrides`, texts like `train.lr=0.01` as of `--set`; `flags`, by dotted key, which
+    count only where they are not None. Paths and sizes may be text (`"budgets.host_memory": "4GiB"`); all keys
+    are in docs/command-line.md, and `RunConfig` and its parts say what they mean. `dataset` and `run_dir`
+    have to be there.
 
     `seed` and `retries` stand for the keys that they mean in the configuration's mode. ValueError where anything is
     unknown, of a wrong type or missing, or has no effect; only a file may have keys that say their default and mean

@@ -72,7 +72,9 @@ def progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
     else:
         console = Console(stderr=True)
         view = LiveView(console)
-        with Live(view, console=console, refresh_per_second=_REFRESHES):
+        # prints of a caller to a stdout that goes elsewhere are not to come out on stderr
+        redirect = sys.stdout.isatty()
+        with Live(view, console=console, refresh_per_second=_REFRESHES, redirect_stdout=redirect):
             yield view
 
 

@@ -32,7 +32,8 @@ from penstock.storage.export import require_parquet_name
 from penstock.storage.graph import GraphStore, SeedSet, open_graph
 from penstock.storage.manifest import no_folder
 from penstock.storage.paths import AnyPath
-from penstock.storage.progress import Progress, silent
+from penstock.storage.progress import Progress
+from penstock.watching import Show, shown
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def infer(
     host_memory: Size | None = None,
     disk: Size | None = None,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Show = None,
 ) -> dict[str, Any]:
     """Write embeddings and predictions of a trained run's nodes to Parquet: `id, embedding, logits, prediction`.
 
@@ -109,7 +110,7 @@ def infer(
         host_memory: Bytes, or text like `4GiB`, to work in beside the process; default: what is free, in part.
         disk: Of `sampled`: bytes, or text, for packs; default: a power of two that is free.
         threads: Default: the cores that this process may use.
-        progress: Called now and then, see `storage.progress`.
+        progress: As of `penstock.train`.
 
     Returns a summary: `rows`, `file`, `graph`, `fanouts`, `columns`. The same call continues a killed one, with the
     same host memory, and what it keeps for that in `run_dir/exact` (`run_dir/sampled`) is deleted at the end. Raises
@@ -121,27 +122,28 @@ def infer(
     require_parquet_name(os.fspath(out))
     if not sampled and (fanouts is not None or disk is not None):
         raise ValueError("fanouts and disk are for sampled=True (--sampled): exact outputs take all neighbours")
-    stage = None if stage_dir is None else Path(stage_dir)
-    folder = _open_results(os.fspath(run_dir), experiment, stage)
-    trained, graph = _open(folder, None if dataset is None else os.fspath(dataset), stage, progress)
-    job = _Job(
-        run_dir=folder,
-        trained=trained,
-        graph=graph,
-        outputs=Outputs.from_json(trained.outputs, graph),
-        split=split,
-        host_memory=default_memory(process_bytes()) if host_memory is None else parse_memory(host_memory),
-        threads=threads or num_threads(),
-        progress=progress,
-    )
-    taken: list[int] | str = "all neighbours"
-    with local_output(os.fspath(out)) as path:
-        if sampled:
-            taken, num_rows = _write_sampled(job, path, fanouts, None if disk is None else parse_bytes(disk))
-        else:
-            num_rows = _write_exact(job, path)
-        columns = pq.read_schema(path).names
-    return {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": taken, "columns": columns}
+    with shown(progress) as show:
+        stage = None if stage_dir is None else Path(stage_dir)
+        folder = _open_results(os.fspath(run_dir), experiment, stage)
+        trained, graph = _open(folder, None if dataset is None else os.fspath(dataset), stage, show)
+        job = _Job(
+            run_dir=folder,
+            trained=trained,
+            graph=graph,
+            outputs=Outputs.from_json(trained.outputs, graph),
+            split=split,
+            host_memory=default_memory(process_bytes()) if host_memory is None else parse_memory(host_memory),
+            threads=threads or num_threads(),
+            progress=show,
+        )
+        taken: list[int] | str = "all neighbours"
+        with local_output(os.fspath(out)) as path:
+            if sampled:
+                taken, num_rows = _write_sampled(job, path, fanouts, None if disk is None else parse_bytes(disk))
+            else:
+                num_rows = _write_exact(job, path)
+            columns = pq.read_schema(path).names
+        return {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": taken, "columns": columns}
 
 
 def _open(

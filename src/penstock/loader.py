@@ -37,8 +37,9 @@ from penstock.storage.graph import SPLITS, GraphStore, SeedSet, open_graph
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.pack import PackMode, is_complete
 from penstock.storage.paths import AnyPath
-from penstock.storage.progress import Progress, silent
+from penstock.storage.progress import Progress
 from penstock.storage.remote.hostlock import flocked
+from penstock.watching import Show, shown
 
 _SAMPLING_SHARE = 0.5  # of the memory; the topology itself is mapped
 _TRACE_SHARE = 0.25  # of the disk: a longer trace is not written to look at whether its packs would fit
@@ -63,7 +64,7 @@ class FeedOrder:
     device: str
     threads: int
     in_memory: bool = False
-    progress: Progress = silent
+    progress: Show = None
 
     @property
     def items_per_epoch(self) -> int:
@@ -138,7 +139,7 @@ def open_feed(
     in_memory: bool = False,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Show = None,
 ) -> AbstractContextManager[Loader]:
     """Open mini-batches of a graph for a loop of your own, out of core: `for batch in loader` is an epoch.
 
@@ -170,7 +171,7 @@ def open_feed(
         in_memory: Hold all features in memory instead; the same mini-batches.
         device: Where batches are handed out: `cpu` or `cuda`.
         threads: Default: the cores that this process may use.
-        progress: Called now and then while things are prepared, see `storage.progress`.
+        progress: Shows how far preparation is; as of `penstock.train`.
 
     Raises ValueError for what cannot be, DataError for bad data, DoesNotFit for budgets that are too small, naming ones
     that would do, InUse where the feed of this split is open elsewhere.
@@ -219,7 +220,8 @@ def open_loader(order: FeedOrder) -> Iterator[Loader]:
             stack.enter_context(flocked(order.folder / ".lock"))
         except BlockingIOError as error:
             raise InUse(f"{order.folder} is in use by {error}; wait for it, or choose another folder") from None
-        open_steps = _from_memory(order) if order.in_memory else _from_disk(order)
+        with shown(order.progress) as show:
+            open_steps = _from_memory(order, show) if order.in_memory else _from_disk(order, show)
         loader = Loader(open_steps, order.items_per_epoch, order.epochs)
         stack.callback(loader.close)
         yield loader
@@ -254,7 +256,7 @@ def _still_fits(order: FeedOrder) -> bool:
     )
 
 
-def _from_memory(order: FeedOrder) -> OpenSteps:
+def _from_memory(order: FeedOrder, show: Progress) -> OpenSteps:
     _claim(order)
     trace = sample_trace(
         order.graph,
@@ -265,7 +267,7 @@ def _from_memory(order: FeedOrder) -> OpenSteps:
         num_epochs=order.sampled_epochs,
         host_memory=int(order.budgets.host_bytes * _SAMPLING_SHARE),
         threads=order.threads,
-        progress=order.progress,
+        progress=show,
     )
 
     def open_steps(start: int, stop: int) -> Feed:
@@ -282,15 +284,15 @@ def _from_memory(order: FeedOrder) -> OpenSteps:
     return open_steps
 
 
-def _from_disk(order: FeedOrder) -> OpenSteps:
+def _from_disk(order: FeedOrder, show: Progress) -> OpenSteps:
     _claim(order)
-    mode = _prepare(order)
+    mode = _prepare(order, show)
     order.graph.drop_mapped()
     trim_heap()
     return _from_packs(order) if mode == "reuse" else _from_producer(order)
 
 
-def _prepare(order: FeedOrder) -> PackMode:
+def _prepare(order: FeedOrder, show: Progress) -> PackMode:
     """Sample, plan and pack, or find that it is done; nothing is made ahead where windows are to roll."""
     plan_file, packs = order.folder / "plan.json", order.folder / "packs"
     if plan_file.is_file():
@@ -311,7 +313,7 @@ def _prepare(order: FeedOrder) -> PackMode:
         num_epochs=order.sampled_epochs,
         host_memory=memory,
         threads=order.threads,
-        progress=order.progress,
+        progress=show,
     )
     plan = plan_packs(
         order.graph,
@@ -320,13 +322,13 @@ def _prepare(order: FeedOrder) -> PackMode:
         order.budgets,
         disk_rates=measure_disk(order.folder),
         scratch=order.folder / "plan",
-        progress=order.progress,
+        progress=show,
     )
     require_packing_memory(plan, order.budgets.host_bytes)
     write_json(plan_file, plan.summary_json())
     if plan.mode == "reuse":
         memory = order.budgets.host_bytes
-        write_packs(plan, order.graph, trace, packs, host_memory=memory, progress=order.progress)
+        write_packs(plan, order.graph, trace, packs, host_memory=memory, progress=show)
     for scratch in ("trace", "plan"):
         shutil.rmtree(order.folder / scratch, ignore_errors=True)
     return plan.mode

@@ -56,3 +56,15 @@ def _speed_rows(result: Mapping[str, Any]) -> list[Row]:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
+
+
+class Result(dict[str, Any]):
+    """What `result.json` says, as a dict, which shows itself as the lines that the command line ends with."""
+
+    def __repr__(self) -> str:
+        if not {"config", "metrics", "status"} <= set(self) or not self["config"]:
+            return super().__repr__()
+        rows = [*result_rows(self), ("keys", ", ".join(self))]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+        return "\n".join([f"run {self['config']['run_dir']}: {self['status']}", *lines])

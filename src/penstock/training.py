@@ -1,6 +1,7 @@
 """The main job: prepare, feed, train, evaluate, report."""
 
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -33,9 +34,12 @@ from penstock.sampler.row_source import read_row_error
 from penstock.stopping import soft_interrupt
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import Split
-from penstock.storage.progress import Progress, silent
+from penstock.storage.paths import AnyPath
+from penstock.storage.progress import Progress
 from penstock.storage.spans import TRACE
+from penstock.summary import Result
 from penstock.timings import timings_section
+from penstock.watching import Show, shown
 
 logger = logging.getLogger(__name__)
 
@@ -214,29 +218,62 @@ def train(
     force: bool = False,
     resume: bool = True,
     if_changed: bool = False,
-    result_json: Path | str | None = None,
-    progress: Progress = silent,
+    result_json: AnyPath | None = None,
+    progress: Show = None,
     on_epoch: OnEpoch | None = None,
     stop_requested: threading.Event | None = None,
-) -> dict[str, Any]:
-    """Do the main job in `config.run_dir` and return what `result.json` says.
+) -> Result:
+    """Train what a configuration describes, in its run folder, and return what `result.json` there says.
 
-    A finished run is returned as it is, with `already_done`; one that was cut off, or is to have more epochs, goes on.
-    Without `resume` training begins again on the packs that are there, with `if_changed` where graph or configuration
-    are others than those of the weights that are there; `force` deletes the packs too. `on_epoch` is called with an
-    `EpochRecord` after every epoch. Setting `stop_requested` makes it write a checkpoint and raise Stopped. Raises
-    InUse for a run folder that another process has, ValueError for one with weights of something else, DataError for
-    bad data, DoesNotFit for budgets that are too small; a `result.json` of status `failed` or `stopped` says so too.
+        config = penstock.load_config(flags={"dataset": "papers.graph", "run_dir": "runs/papers", "train.epochs": 20})
+        result = penstock.train(config)
+        result["metrics"]["test_accuracy"]
+
+    Samples, plans, packs, trains, evaluates and saves the model (`penstock.load_model`, `penstock.infer`), each step
+    only where it is not done already. The same call on a run that is finished returns its result, with `already_done`;
+    on one that was cut off, or is to have more epochs, it goes on, to the weights of an undisturbed run. An interrupt
+    (Ctrl-C, a notebook's stop button) leaves a checkpoint and raises KeyboardInterrupt; a second one ends at once.
+
+    Args:
+        config: What to train, made by `penstock.load_config`.
+        force: Delete what an earlier run left in the folder, packs too, and start anew.
+        resume: False trains again from the start, on the packs that are there.
+        if_changed: Train anew where the folder has weights of another graph or configuration, instead of refusing.
+        result_json: Write a copy of `result.json` there, to a path or URI.
+        progress: Show what is done: by default on a terminal and in a notebook, True always, False never; or a
+            function `(stage, done, total, unit, /, **numbers)` to be told.
+        on_epoch: Called with an `EpochRecord` after every epoch; what it raises ends the run.
+        stop_requested: Setting it, from any thread, makes training write a checkpoint and raise Stopped.
+
+    Returns a dict: `metrics`, `timings`, `artefacts` (paths), `config` and more; docs/command-line.md has all keys.
+    Raises InUse for a run folder that another process has, ValueError for one with weights of something else and for
+    what cannot work (before anything is written), DataError for bad data, DoesNotFit for budgets that are too small,
+    naming ones that would do; a `result.json` of status `failed` or `stopped` says so too.
     """
-    if result_json is not None:
-        require_writable(result_json)
+    copy = None if result_json is None else os.fspath(result_json)
+    if copy is not None:
+        require_writable(copy)
     stop = stop_requested or threading.Event()
-    opened = open_run(config, force=force, resume=resume, if_changed=if_changed, progress=progress, stop_requested=stop)
-    with soft_interrupt(stop), opened as run:
+    with shown(progress) as show, soft_interrupt(stop):
+        return Result(_train(config, force, resume, if_changed, copy, show, on_epoch, stop))
+
+
+def _train(
+    config: RunConfig,
+    force: bool,
+    resume: bool,
+    if_changed: bool,
+    result_json: str | None,
+    show: Progress,
+    on_epoch: OnEpoch | None,
+    stop: threading.Event,
+) -> dict[str, Any]:
+    opened = open_run(config, force=force, resume=resume, if_changed=if_changed, progress=show, stop_requested=stop)
+    with opened as run:
         if (done := _finished(run, result_json)) is not None:
             return done
         assert run.status is not None, "open_run has made it"
-        with observed(run.config, progress, (on_epoch, run.status.epoch)) as watch:
+        with observed(run.config, show, (on_epoch, run.status.epoch)) as watch:
             try:
                 result = _job(run, result_json, watch)
                 watch.finished(result)
