@@ -20,7 +20,21 @@ penstock.ingest_npy(Path("in"), Path("out"), penstock.IngestOptions(undirected=T
 config: penstock.RunConfig = penstock.load_config(flags={"dataset": "g", "run_dir": "r", "train.lr": 0.1})
 result = penstock.train(config, resume=False, stop_requested=threading.Event())
 print(result["metrics"]["test_accuracy"], penstock.infer("r", "out.parquet"), penstock.__version__)
-graph: penstock.GraphStore = penstock.open_graph(Path("out"))
+graph: penstock.GraphStore = penstock.open_graph("out")
+penstock.ingest_parquet("nodes.parquet", ["a.parquet", Path("b.parquet")], "out", host_memory="4GiB")
+
+
+def tell(record: penstock.EpochRecord) -> None:
+    print(record.epoch, record.loss, record.valid and record.valid.accuracy, record.left_s)
+
+
+penstock.train(config, progress=True, on_epoch=tell)
+with penstock.open_feed("out", "feeds", num_neighbors=[10, 5], host_memory="1GiB") as loader:
+    for batch in loader:
+        print(batch.features.shape, len(loader))
+    parts = ((batch.seeds, {"degree": batch.blocks[-1].indptr.diff()}) for batch in loader)
+    print(penstock.write_nodes(graph, "out.parquet", parts) + 1)
+penstock.infer("r", "out.parquet", sampled=True, fanouts=[5, 5], disk="1GiB")
 print(graph.meta.num_nodes + 1)
 """
 WRONG = """

@@ -37,12 +37,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_paths_and_sizes_are_text_and_things_say_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_sizes_are_text_and_things_say_what_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
     graph = penstock.open_graph("small.graph")
     assert repr(graph).startswith("GraphStore('small.graph': 500 nodes, ")
     assert all(f"{split} {graph.num_seeds(split)}" in repr(graph) for split in ("train", "valid", "test"))
     result = penstock.train(penstock.load_config(flags=FLAGS), result_json="copy.json")
+    assert capfd.readouterr() == ("", "")  # nobody watches: this is no terminal
     accuracy = result["metrics"]["test_accuracy"]
     assert repr(result).startswith("run run: ok\n") and f"test accuracy   {accuracy:.4f}" in repr(result)
     assert isinstance(result, dict) and (folder / "copy.json").is_file()
@@ -75,8 +78,6 @@ def test_progress_is_shown_where_it_is_asked_for(
     def config(run: str) -> penstock.RunConfig:
         return penstock.load_config(flags={**FLAGS, "run_dir": run})
 
-    penstock.train(config("one"))  # nobody watches: this is no terminal
-    assert capfd.readouterr() == ("", "")
     penstock.train(config("two"), progress=True)
     out, shown = capfd.readouterr()
     assert out == "" and "epoch 2" in shown
