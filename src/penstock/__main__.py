@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,16 @@ def bench(
     run_bench(name, **(options or BenchOptions()).arguments())
 
 
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more; what is still printed then goes nowhere."""
+    watch = select.poll()
+    watch.register(1, 0)
+    left = any(event & select.POLLERR for _, event in watch.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return left
+
+
 def run(command: Callable[[], object]) -> int:
     """Run a command and turn its error into a message on stderr and an exit code."""
     try:
@@ -363,6 +374,8 @@ def run(command: Callable[[], object]) -> int:
     except CycloptsError:
         return exit_codes.USAGE  # cyclopts has printed it, with the nearest match
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return exit_codes.OK  # as `| head` does, which had enough
         code = exit_codes.exit_code(error)
         logs.say_error(error, with_traceback=code == exit_codes.INTERNAL)
         exit_codes.write_termination_log(error, code)

@@ -107,6 +107,18 @@ def test_a_quick_start_that_does_not_fit_exits_so_and_takes_its_remedy(tmp_path:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_reader_that_has_enough_ends_a_verb_without_a_traceback() -> None:
+    """As `| head` does. The table is larger than a pipe and than what is read of it."""
+    command = [sys.executable, "-m", "penstock", "config"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.slow
 def test_another_configuration_is_refused_by_name(graph: Path, trained: Path) -> None:
     done = penstock("train", graph, "--run-dir", trained, *SETTINGS, "--lr", "0.5")
