@@ -275,6 +275,13 @@ def test_runs_of_one_name_have_manifests_of_two(one: str, other: str) -> None:
     assert names[0] != names[1] == names[2]
 
 
+def test_experiments_of_a_run_are_two_jobs() -> None:
+    names = [rendered(experiment=name)["Job"]["metadata"]["name"] for name in (None, "wide", "deep")]
+    assert len(set(names)) == 3
+    found = yaml.safe_load(rendered(experiment="wide")["ConfigMap"]["data"]["run.yaml"])
+    assert found["experiment"] == "wide" and found["run_dir"] == FLAGS["run_dir"]
+
+
 def test_the_example_fits_the_cluster_that_it_names() -> None:
     text = (DEPLOY / "run-cluster.yaml").read_text()
     assert "four nodes with a GPU and one without, of\n# 16 cores, 64 GiB and 900 GiB" in text

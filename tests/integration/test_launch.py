@@ -20,6 +20,8 @@ from penstock.storage.graph import GraphStore
 from penstock.storage.manifest import write_json
 from penstock.training import train
 
+OTHERS: tuple[dict[str, Any], ...] = ({"run_dir": "s"}, {"train__lr": 0.5}, {"dataset": "h"}, {"experiment": "e"})
+
 
 def config(**flags: Any) -> RunConfig:
     return load_config(flags={"dataset": "g", "run_dir": "r", **{k.replace("__", "."): v for k, v in flags.items()}})
@@ -33,8 +35,8 @@ def job(**changes: Any) -> Job:
 def test_ids_tell_runs_apart_and_nothing_else() -> None:
     base = submission_id(config())
     assert base == submission_id(config(cluster__replicas=1, train__log_every=3))
-    others = [submission_id(config(**flags)) for flags in ({"run_dir": "s"}, {"train__lr": 0.5}, {"dataset": "h"})]
-    assert len({base, *others}) == 4
+    others = [submission_id(config(**flags)) for flags in OTHERS]
+    assert len({base, *others}) == 1 + len(OTHERS)
     uri = {"run_dir": "s3://b/run", "dataset": "s3://b/g"}
     assert submission_id(config(**uri)) == submission_id(config(**uri, remote__stage_dir="/elsewhere"))
 
