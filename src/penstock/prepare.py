@@ -104,15 +104,19 @@ class Sampling:
 
 
 def sampling_of(run: Run, split: Split) -> Sampling:
-    """As the run needs it; or as the folder has it where that has more, of which the run then uses a part: epochs that
-    training ends before, degrees that the model does not read."""
+    """As the run needs it; or as the folder has it where that has more, of which the run then uses a part: those of the
+    sampled epochs that training ends before, degrees that the model does not read.
+
+    It depends on what the folder says of itself and on the configuration alone, so that all steps see the same.
+    """
     config, epochs = sample_config(run.config, split), train_epochs(run) if split == "train" else 1
     there = made_of(run.path / split)
     if there.get("degrees") is True:
         config = config.model_copy(update={"degrees": True})
     cycles = run.config.train.epochs > epochs or run.config.plan.mode == "rolling"
-    if split == "train" and not cycles:
-        epochs = max(epochs, int(there.get("epochs", 0)))
+    found = int(there.get("epochs", 0))
+    if split == "train" and not cycles and epochs < found <= run.config.sampled_epochs:
+        epochs = found
     return Sampling(config=config, epochs=epochs)
 
 

@@ -149,7 +149,10 @@ def test_in_memory_and_from_packs_experiments_share_a_folder(configure: Configur
 
 @pytest.mark.slow
 def test_experiments_that_cycle_other_epochs_do_not_take_packs_for_theirs(configure: Configure, tmp_path: Path) -> None:
-    """Four sampled epochs serve a run that ends before, not one that begins again after two."""
+    """Four sampled epochs are not two that begin again, and all that a run in memory sampled is not to be packed."""
+    train(configure("rolled", feed="memory", plan__mode="rolling", train__epochs=6))
+    train(configure("short", train__epochs=1))
+    assert json.loads((configure().run_dir / "train" / "made-of.json").read_text())["made_of"]["epochs"] == 1
     train(configure(sampled_epochs=4, train__epochs=4))
     for epochs in (2, 3):
         found = train(configure(f"of-{epochs}", sampled_epochs=2, train__epochs=epochs))
