@@ -204,7 +204,7 @@ def _write_sampled(
 ) -> tuple[list[int], int]:
     """Score sampled neighbourhoods of the items that evaluation of the run has; returns the fanouts and the rows."""
     config, model = load_config(job.run_dir / "config.yaml"), job.trained.model
-    sample = _sample_config(config, fanouts)
+    sample = _sample_config(config, job.split, fanouts)
     hops, wanted = sample.layer_fanouts, len(job.trained.fanouts)
     if len(hops) != wanted:
         raise ValueError(f"fanouts={list(hops)} are for {len(hops)} layers, the model has {wanted}; give {wanted}")
@@ -242,8 +242,9 @@ def _write_sampled(
     return list(hops), rows
 
 
-def _sample_config(config: RunConfig, fanouts: Sequence[int] | None) -> SampleConfig:
-    """As the run evaluates, or with other fanouts."""
+def _sample_config(config: RunConfig, split: SeedSet, fanouts: Sequence[int] | None) -> SampleConfig:
+    """As the run evaluates, in mini-batches as large as those of training where it does not evaluate; or with other
+    fanouts."""
     if fanouts is None and config.mode == "chunked":
         raise ValueError(
             f"{config.run_dir} was trained on the whole graph, so it has no fanouts: give some, or leave sampled "
@@ -251,7 +252,9 @@ def _sample_config(config: RunConfig, fanouts: Sequence[int] | None) -> SampleCo
         )
     sample = sample_config(config, "valid")
     given = None if fanouts is None else tuple(fanouts)
-    update = {} if given is None else {"fanouts": given, "num_neighbors": None}
+    update: dict[str, Any] = {} if given is None else {"fanouts": given, "num_neighbors": None}
+    if split in ("all", "train"):
+        update["batch_size"] = config.sampler.batch_size
     return SampleConfig.model_validate(sample.model_dump() | update)
 
 

@@ -5,10 +5,12 @@ was made of, is found again by the next call, continued where it was cut off, an
 """
 
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 from penstock.claims import claim
 from penstock.engine.feed import open_pack_feed
@@ -73,16 +75,25 @@ class FeedOrder:
 
 
 class Loader:
-    """Hands out an epoch per loop; made by `open_feed`, which closes it.
+    """Hands out an epoch per loop, until it is closed; made by `open_feed`, and a context manager.
 
     `len()` is the number of mini-batches of an epoch. A batch is valid until the next one is taken: clone what is to
     live longer. A loop that is left in the middle ends its epoch; the next loop begins the next one.
     """
 
-    def __init__(self, open_steps: OpenSteps, items_per_epoch: int, epochs: int | None) -> None:
+    def __init__(self, open_steps: OpenSteps, items_per_epoch: int, epochs: int | None, held: ExitStack) -> None:
         self._open_steps, self._items, self._epochs = open_steps, items_per_epoch, epochs
-        self._stack, self._step, self._begun = ExitStack(), 0, 0
+        self._step = self._begun = 0  # the next step of the open feed, and epochs
         self._feed: Feed | None = None
+        self._opened = ExitStack()  # what the open feed needs
+        held.push(self._opened)
+        self._end = weakref.finalize(self, held.close)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self._items
@@ -103,10 +114,12 @@ class Loader:
     def _feed_from(self, step: int) -> Feed:
         """The open feed where it is at a step, or a new one; it goes over the end of epochs, so that batches come
         ahead there too."""
+        if not self._end.alive:
+            raise ValueError("this loader is closed; open the feed again")
         if self._feed is None or self._step != step:
-            self.close()
+            self._opened.close()
             stop = self._items * (self._epochs or _MOST_EPOCHS)
-            self._feed, self._step = self._stack.enter_context(self._open_steps(step, stop)), step
+            self._feed, self._step = self._opened.enter_context(self._open_steps(step, stop)), step
         return self._feed
 
     @property
@@ -115,9 +128,8 @@ class Loader:
         return None if self._feed is None else self._feed.stats
 
     def close(self) -> None:
-        """End what runs in the background."""
-        self._stack.close()
-        self._stack, self._feed = ExitStack(), None
+        """End what runs in the background, and let others have the folder. A second call does nothing."""
+        self._end()
 
 
 def open_feed(
@@ -140,7 +152,7 @@ def open_feed(
     device: str = "cpu",
     threads: int | None = None,
     progress: Show = None,
-) -> AbstractContextManager[Loader]:
+) -> Loader:
     """Open mini-batches of a graph for a loop of your own, out of core: `for batch in loader` is an epoch.
 
         with penstock.open_feed("papers.graph", "feeds", num_neighbors=[10, 10], host_memory="1GiB") as loader:
@@ -148,8 +160,9 @@ def open_feed(
                 for batch in loader:
                     data = batch.to_pyg()  # or batch.to_dgl(), or batch.blocks and batch.features
 
-    Sampling, planning and packing happen when the context is entered, each step only where it is not done already; what
-    they make lies in `folder`, in a folder per split. Features are read from there, never from the table at random.
+    Sampling, planning and packing happen in this call, each step only where it is not done already; what they make lies
+    in `folder`, in a folder per split. Features are read from there, never from the table at random. Without `with`,
+    close the loader, or drop it.
 
     Args:
         graph: A graph store, or its folder.
@@ -211,8 +224,7 @@ def open_feed(
     )
 
 
-@contextmanager
-def open_loader(order: FeedOrder) -> Iterator[Loader]:
+def open_loader(order: FeedOrder) -> Loader:
     """Prepare what an order asks for, or find that it is there, and feed it; see `open_feed`."""
     order.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -222,9 +234,7 @@ def open_loader(order: FeedOrder) -> Iterator[Loader]:
             raise InUse(f"{order.folder} is in use by {error}; wait for it, or choose another folder") from None
         with shown(order.progress) as show:
             open_steps = _from_memory(order, show) if order.in_memory else _from_disk(order, show)
-        loader = Loader(open_steps, order.items_per_epoch, order.epochs)
-        stack.callback(loader.close)
-        yield loader
+        return Loader(open_steps, order.items_per_epoch, order.epochs, stack.pop_all())
 
 
 def _claim(order: FeedOrder) -> None:

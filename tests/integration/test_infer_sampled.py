@@ -127,7 +127,7 @@ def test_budgets_change_nothing(trained: Path, graph: penstock.GraphStore, tmp_p
         stages.add(stage)
 
     assert graph.feature_bytes > 500_000
-    penstock.infer(trained, small, sampled=True, host_memory="2MiB", disk="400KiB", progress=progress)
+    penstock.infer(trained, small, sampled=True, host_memory="3MiB", disk="700KiB", progress=progress)
     assert stages == {"infer"}  # nothing was sampled or packed ahead
     penstock.infer(trained, large, sampled=True, host_memory="64MiB", progress=progress)
     assert stages == {"sample", "plan", "pack", "infer"}
@@ -176,3 +176,30 @@ def test_commands_find_modules_in_their_folder_and_export_them(
         done = subprocess.run([*first, *map(str, command)], cwd=modules, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert column(tmp_path / "out.parquet", "embedding").shape == (2000, 16)
+
+
+MEASURED = """
+import sys
+import penstock
+from penstock.storage.budget import peak_rss_bytes
+penstock.infer(sys.argv[1], sys.argv[2], sampled=True, host_memory="24MiB", threads=1)
+print(peak_rss_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_features_larger_than_the_memory_given_do_not_come_into_memory(tmp_path: Path) -> None:
+    peaks = []
+    for num_nodes in (2_000, 100_000):
+        config = penstock.GenerateConfig(num_nodes=num_nodes, num_features=256, avg_degree=5, train=0.01)
+        graph = penstock.generate_graph(tmp_path / f"{num_nodes}.graph", config)
+        run = tmp_path / str(num_nodes)
+        train(graph, run, "layers", **{"train.epochs": 1, "evaluate.mode": "none"})
+        command = [sys.executable, "-c", MEASURED, str(run), str(tmp_path / "out.parquet")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert graph.feature_bytes > 96 << 20
+    assert (
+        peaks[1] - peaks[0] < 48 << 20
+    )  # topology, original ids and buffers of 24 MiB, which the small graph does not fill

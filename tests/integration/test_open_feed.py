@@ -89,6 +89,19 @@ def test_a_loop_that_is_left_ends_its_epoch(graph: penstock.GraphStore, tmp_path
             next(iter(loader))
 
 
+def test_it_works_without_a_context_and_ends_when_it_is_dropped(graph: penstock.GraphStore, tmp_path: Path) -> None:
+    loader = penstock.open_feed(graph, tmp_path, **OPTIONS)
+    assert len(list(loader)) == len(loader)
+    loader.close()
+    loader.close()
+    with pytest.raises(ValueError, match="this loader is closed"):
+        next(iter(loader))
+    loader = penstock.open_feed(graph, tmp_path, **OPTIONS)
+    next(iter(loader))
+    del loader
+    assert next(iter(penstock.open_feed(graph, tmp_path, **OPTIONS))).step == 0  # nobody holds the folder
+
+
 def test_what_cannot_be_is_said(graph: penstock.GraphStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split='tset' is none of train, valid, test, all"):
         penstock.open_feed(graph, tmp_path, split="tset", **OPTIONS)  # type: ignore[arg-type]
