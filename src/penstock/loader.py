@@ -12,11 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from pydantic import ValidationError
+
 from penstock.claims import claim
+from penstock.config import DEFAULT_FANOUTS
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Feed, FeedStats
+from penstock.overrides import explain
 from penstock.process_memory import process_bytes
 from penstock.sampler.estimate import measure_disk
 from penstock.sampler.neighbors import Method, SampleConfig, count_items, estimate_trace_bytes, sample_trace
@@ -168,7 +172,8 @@ def open_feed(
         graph: A graph store, or its folder.
         folder: Where packs go. Feeds of several splits may share it; two of the same split may not be open at once.
         split: Whose nodes are the seeds: `train`, `valid`, `test`, or `all` for every node.
-        fanouts: Neighbours per layer, input side first (DGL's order); -1 takes all. Give these or `num_neighbors`.
+        fanouts: Neighbours per layer, input side first (DGL's order); -1 takes all. Give these or `num_neighbors`;
+            default: two hops of ten.
         num_neighbors: The same with the seeds' side first (PyG's order).
         batch_size: Seeds per mini-batch.
         method: `uniform`, or `labor` (layer-dependent draws, which read fewer rows).
@@ -192,14 +197,13 @@ def open_feed(
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}, all")
     opened = graph if isinstance(graph, GraphStore) else open_graph(graph)
-    sample = SampleConfig(
-        fanouts=None if fanouts is None else tuple(fanouts),
-        num_neighbors=None if num_neighbors is None else tuple(num_neighbors),
-        batch_size=batch_size,
-        method=method,
-        degrees=degrees,
-        seed=seed,
-    )
+    if fanouts is None and num_neighbors is None:
+        fanouts = DEFAULT_FANOUTS
+    sampling = {"fanouts": fanouts, "num_neighbors": num_neighbors, "batch_size": batch_size, "method": method}
+    try:
+        sample = SampleConfig.model_validate({**sampling, "degrees": degrees, "seed": seed})
+    except ValidationError as error:
+        raise ValueError(explain(error, SampleConfig)) from error
     place = Path(folder) / f"feed-{split}"
     is_train = split == "train"
     return open_loader(

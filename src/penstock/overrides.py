@@ -52,6 +52,18 @@ def _known_keys(model: type[BaseModel], path: Iterable[Any], *, sections: bool) 
     return [name for name, is_section in named.items() if is_section or not sections] or list(named)
 
 
+def _homes(model: type[BaseModel], name: str, prefix: str = "") -> list[str]:
+    """Dotted keys that end in a name: who writes `epochs` means `train.epochs`."""
+    found = []
+    for key, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if _is_section(annotation):
+            found += _homes(annotation, name, f"{prefix}{key}.")
+        elif key == name:
+            found.append(f"{prefix}{key}")
+    return found
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Say in one line per problem which key is wrong, its value, and what to write instead."""
     lines = []
@@ -60,8 +72,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         dotted = ".".join(str(part) for part in (*path, key))
         if problem["type"] == "extra_forbidden":
             known = _known_keys(model, path, sections=isinstance(problem["input"], dict))
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            near = [".".join(map(str, (*path, name))) for name in difflib.get_close_matches(str(key), known, 1, 0.5)]
+            near = _homes(model, str(key)) or near
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys: {', '.join(known)}"
             lines.append(f"unknown key {dotted!r}; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{dotted} is missing; give it as a flag, in the YAML file or with --set {dotted}=...")

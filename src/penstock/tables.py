@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def write_nodes(graph: GraphStore | AnyPath, out: AnyPath, parts: Iterable[tuple
         parts: Pairs of node ids [n] (of the store, as `batch.seeds` has them) and columns by name, each a tensor or an
             array [n] or [n, width]; the same columns in every pair. Each becomes a row group.
 
-    Raises ValueError for no parts at all, and for columns that are missing, unknown or misshapen.
+    Raises ValueError for no parts at all, for ids that the graph has not, and for columns that are missing, unknown or
+    misshapen; nothing is written then.
     """
     require_parquet_name(os.fspath(out))
     store = graph if isinstance(graph, GraphStore) else open_graph(graph)
@@ -53,7 +55,14 @@ def write_nodes(graph: GraphStore | AnyPath, out: AnyPath, parts: Iterable[tuple
         raise ValueError("there is nothing to write: give at least one pair of ids and columns")
     types = {name: _column(name, value) for name, value in first[1].items()}
     with NodeTableWriter(Path(out), store, types) as writer:
-        writer.append(*first)
-        for ids, columns in pairs:
+        for ids, columns in chain([first], pairs):
+            _check_ids(ids, store.num_nodes)
             writer.append(ids, columns)
     return writer.num_rows
+
+
+def _check_ids(ids: NDArray[Any], num_nodes: int) -> None:
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"node ids are {ids.dtype} {list(ids.shape)}; wanted integers [n], as batch.seeds has them")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_nodes:
+        raise ValueError(f"node ids {int(ids.min())}..{int(ids.max())} are not all of the graph's 0..{num_nodes - 1}")

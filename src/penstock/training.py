@@ -250,6 +250,8 @@ def train(
     what cannot work (before anything is written), DataError for bad data, DoesNotFit for budgets that are too small,
     naming ones that would do; a `result.json` of status `failed` or `stopped` says so too.
     """
+    if not isinstance(config, RunConfig):
+        raise TypeError(f"train takes what penstock.load_config(...) returns, not a {type(config).__name__}")
     copy = None if result_json is None else os.fspath(result_json)
     if copy is not None:
         require_writable(copy)

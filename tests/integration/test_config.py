@@ -27,7 +27,10 @@ def test_flags_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.epoch=3"], "unknown key 'train.epoch'; did you mean 'epochs'?"),
+        (["train.epoch=3"], "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
+        (["epochs=3"], "unknown key 'epochs'; did you mean 'train.epochs'?"),
+        (["host_memory=1GiB"], "unknown key 'host_memory'; did you mean 'budgets.host_memory'?"),
+        (["model.fanouts=[5]"], "did you mean 'sampler.fanouts' or 'evaluate.fanouts'?"),
         (["modle.kind=gcn"], "did you mean 'model'?"),
         (["train.lr=fast"], "train.lr='fast'"),
         (["train.lr"], "is no assignment"),

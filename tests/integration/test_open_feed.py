@@ -105,7 +105,7 @@ def test_it_works_without_a_context_and_ends_when_it_is_dropped(graph: penstock.
 def test_what_cannot_be_is_said(graph: penstock.GraphStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split='tset' is none of train, valid, test, all"):
         penstock.open_feed(graph, tmp_path, split="tset", **OPTIONS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="both of fanouts .* and num_neighbors"):
+    with pytest.raises(ValueError, match="^both of fanouts .* and num_neighbors"):
         penstock.open_feed(graph, tmp_path, num_neighbors=[2, 2], **OPTIONS)
     with pytest.raises(ValueError, match="'much' is not a size"):
         penstock.open_feed(graph, tmp_path, **{**OPTIONS, "host_memory": "much"})
@@ -157,4 +157,8 @@ def test_tables_have_the_users_ids_and_refuse_what_does_not_fit(tmp_path: Path) 
         penstock.write_nodes(graph, out, [(ids, {"x": torch.ones(2, 1, 1)})])
     with pytest.raises(ValueError, match=r"got columns \['y'\], this table has \['x'\]"):
         penstock.write_nodes(graph, out, [(ids, {"x": ids}), (ids, {"y": ids})])
+    with pytest.raises(ValueError, match=r"node ids 4\.\.6 are not all of the graph's 0\.\.5"):
+        penstock.write_nodes(graph, out, [(ids, {"x": ids}), (torch.tensor([4, 6]), {"x": ids})])
+    with pytest.raises(ValueError, match="node ids are float32"):
+        penstock.write_nodes(graph, out, [(ids.float(), {"x": ids})])
     assert pq.read_metadata(out).num_rows == 2  # what was there stays

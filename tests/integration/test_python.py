@@ -126,6 +126,11 @@ def test_a_notebook_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         interactive.InteractiveShell.clear_instance()
 
 
+def test_what_is_no_configuration_is_told_where_one_comes_from() -> None:
+    with pytest.raises(TypeError, match=r"train takes what penstock\.load_config\(\.\.\.\) returns, not a str"):
+        penstock.train("runs/papers")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["train", "infer", "open_feed", "ingest_parquet", "load_config", "write_nodes"])
 def test_help_stands_alone(name: str) -> None:
     """A text that says what is done, with an example, all arguments, what comes back and what is raised."""
