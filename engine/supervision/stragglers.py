@@ -1,11 +1,19 @@
-"""Which rank is the slowest, by how much, and at what: from how long each was busy and what it waited for."""
+"""Which rank is the slowest, by how much, and at what: from how long each was busy and what it waited for.
 
+One window of time says little: of ranks that do the same, one is always the slowest. A rank is named where it was
+slower in the mean of several windows, by more than they differ among each other.
+"""
+
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from math import sqrt
+from statistics import fmean, median, stdev
 from typing import Any
 
 _TOLERANCE = 0.1  # of the median: ranks that do the same differ by a few percent, even on one machine
+_WINDOWS = 4  # that say something together
+_ERRORS = 3.0  # standard errors of the mean that a rank has to be slower: one of many ranks is two of them by chance
 COMPUTE = "compute"
 
 
@@ -48,7 +56,7 @@ class Straggler:
 
 
 def find_straggler(times: Sequence[RankTimes]) -> Straggler | None:
-    """The rank that holds the others up; None where the slowest is within 10 % of the median, or alone.
+    """The slowest rank of one window; None where it is within 10 % of the median, or alone.
 
     Of two ranks the median is the faster one's time: between them there is no middle.
     """
@@ -73,3 +81,41 @@ def find_straggler(times: Sequence[RankTimes]) -> Straggler | None:
         cause=cause,
         cause_excess_s=excesses[cause],
     )
+
+
+class StragglerWatch:
+    """The last `keep` windows of what ranks did; used by one thread."""
+
+    def __init__(self, keep: int = 1000) -> None:
+        self._windows: deque[dict[int, RankTimes]] = deque(maxlen=keep)
+
+    def add(self, times: Sequence[RankTimes]) -> None:
+        """Take a window; ranks of another group than before begin anew."""
+        window = {found.rank: found for found in times}
+        if self._windows and self._windows[-1].keys() != window.keys():
+            self._windows.clear()
+        self._windows.append(window)
+
+    def find(self) -> Straggler | None:
+        """The rank that holds the others up, beyond noise; None where there is none, or too little was seen."""
+        if len(self._windows) < _WINDOWS:
+            return None
+        found = find_straggler([self._sum(rank) for rank in self._windows[-1]])
+        if found is None:
+            return None
+        excesses = [_excess(window, found.rank) for window in self._windows]
+        error = stdev(excesses) / sqrt(len(excesses))
+        return found if fmean(excesses) > _ERRORS * error else None
+
+    def _sum(self, rank: int) -> RankTimes:
+        """A rank over all windows."""
+        own = [window[rank] for window in self._windows]
+        causes = {cause for each in own for cause in each.waits}
+        waits = {cause: sum(each.waits.get(cause, 0.0) for each in own) for cause in sorted(causes)}
+        return RankTimes(rank=rank, host=own[-1].host, busy_s=sum(each.busy_s for each in own), waits=waits)
+
+
+def _excess(window: Mapping[int, RankTimes], rank: int) -> float:
+    """By what share of the median of the others a rank was busy longer than it."""
+    middle = median(found.busy_s for found in window.values() if found.rank != rank)
+    return (window[rank].busy_s - middle) / max(middle, 1e-9)

@@ -43,7 +43,7 @@ def quickstart(
         num_nodes: Size of the graph; 50,000 or more.
         host_memory: Bytes that the first training may use. Default: an eighth of the features.
         result_json: Write a copy of result.json there.
-        quiet: No progress.
+        quiet: Say nothing but warnings and errors.
     """
     from penstock.quickstart import run_quickstart
 
@@ -76,7 +76,7 @@ def ingest(
             --set remap_labels=true; `penstock inspect --ingest-options` lists them.
         host_memory: Bytes that ingest may use.
         stage_dir: Local folder where a store for a URI is built.
-        quiet: No progress.
+        quiet: Say nothing but warnings and errors.
     """
     from penstock.data_verbs import run_ingest
 
@@ -109,7 +109,7 @@ def generate(
         num_nodes: Nodes.
         set: Another generator option: --set avg_degree=16, --set num_features=128, --set seed=1.
         host_memory: Bytes that the generator may use.
-        quiet: No progress.
+        quiet: Say nothing but warnings and errors.
     """
     from penstock.data_verbs import run_generate
 
@@ -240,7 +240,7 @@ def infer(
         fanouts: Of --sampled: neighbours per layer, input side first; default: those of the run's evaluation.
         host_memory: Bytes that inference may use.
         disk: Of --sampled: bytes of disk for packs. Default: a power of two that is free.
-        quiet: No progress.
+        quiet: Say nothing but warnings, errors and, on stdout, what was written as JSON.
     """
     from penstock.run_verbs import run_infer
 

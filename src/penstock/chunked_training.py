@@ -24,7 +24,6 @@ from penstock.engine.evaluate import evaluate_exact
 from penstock.engine.metrics import Metrics
 from penstock.engine.modelfile import save_model
 from penstock.engine.outputs import Outputs
-from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.identity import Keys
 from penstock.observation import Observation
 from penstock.run import Run
@@ -136,21 +135,6 @@ def _rank_section(report: RankReport, prepared: PreparedRanks) -> dict[str, Any]
     }
 
 
-def _straggler(trained: ChunkedResult) -> dict[str, Any] | None:
-    """The slowest rank of the last epoch; stages differ by design, and so by more than parts and replicas."""
-    times = [
-        RankTimes(
-            rank=report.rank,
-            host=report.host,
-            busy_s=report.busy_s,
-            waits={"history": report.history_stall_s},
-        )
-        for report in trained.reports
-    ]
-    found = find_straggler(times)
-    return None if found is None else found.to_json()
-
-
 def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
     """Train `run` on the whole graph; returns the sections of `result.json`."""
     _require_shared(run.config)
@@ -208,7 +192,7 @@ def train_chunked(run: Run, watch: Observation) -> dict[str, Any]:
         "memory": prepared.memory.to_json(),
         "chunks": asdict(prepared.chunks.meta),
         "schedule": _schedule(prepared, trained),
-        "straggler": _straggler(trained),
+        "straggler": None if (slow := watch.stragglers.find()) is None else slow.to_json(),
         "ranks": [_rank_section(report, prepared) for report in trained.reports],
     }
 

@@ -167,7 +167,8 @@ def run_ingest(
             graph = read(source, out, chosen, host_memory=budget, progress=show)
         if uri is not None:
             upload_store(out, uri, progress=show)
-    _show_graph(graph)
+    if not quiet:
+        _show_graph(graph)
 
 
 def run_generate(out: Path, *, num_nodes: int, options: Iterable[str], host_memory: str, quiet: bool) -> None:
@@ -175,4 +176,5 @@ def run_generate(out: Path, *, num_nodes: int, options: Iterable[str], host_memo
     config = _options(GenerateConfig, options, num_nodes=num_nodes)
     with progress(quiet=quiet) as show:
         graph = generate_graph(out, config, host_memory=parse_memory(host_memory), progress=show)
-    _show_graph(graph)
+    if not quiet:
+        _show_graph(graph)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from penstock.epochs import EpochRecord
 from penstock.fitting import fit_columns
-from penstock.live import LiveView, RankWindow, Stages, epoch_line, name_straggler, stage_line
+from penstock.live import LiveView, RankWindow, Stages, epoch_line, stage_line
 from penstock.storage import logs
 from penstock.storage.progress import Progress as ProgressCallback
 from penstock.storage.progress import silent
@@ -46,12 +46,10 @@ class Lines:
 
     def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Name the rank that the others wait for, if there is one."""
-        now = time.monotonic()
-        if now - self._shown.get("ranks", 0.0) < _LINE_EVERY_S:
-            return
-        self._shown["ranks"] = now
-        found = name_straggler(entries, self._window.take(entries))
-        if found is not None:
+        self._window.take(entries)
+        now, found = time.monotonic(), self._window.straggler()
+        if found is not None and now - self._shown.get("ranks", 0.0) >= _LINE_EVERY_S:
+            self._shown["ranks"] = now
             _say(f"ranks: {found}", {"stage": "ranks", "straggler": found.to_json()})
 
 

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from penstock.engine.supervision.stragglers import RankTimes, Straggler, find_straggler
+from penstock.engine.supervision.stragglers import RankTimes, Straggler, StragglerWatch
 from penstock.epochs import EpochRecord
 from penstock.fitting import fit_columns, fit_pieces
 from penstock.storage.budget import format_bytes
@@ -22,6 +22,7 @@ _HEADINGS = ("rank", "host", "step", "items/s", "stall", "reduce", "hits", "")
 _RANKS = (0, 5, 1, 1, 2, 3, 4, 0)  # what a column matters
 _STAGES = 8  # shown together: those that moved last
 _BAR = 24
+_WINDOWS = 20  # of what ranks did, by which a straggler is found: of late
 
 
 def format_amount(value: float, unit: str) -> str:
@@ -123,10 +124,17 @@ class RankWindow:
 
     def __init__(self) -> None:
         self._before: dict[int, dict[str, float]] = {}
+        self._stragglers = StragglerWatch(_WINDOWS)
 
     def take(self, entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
         """Seconds by rank: `busy`, `stall` for its own feed, `reduce` for other ranks."""
-        return {int(entry["rank"]): self._of(entry) for entry in entries}
+        spent = {int(entry["rank"]): self._of(entry) for entry in entries}
+        self._stragglers.add([_rank_times(entry, spent[int(entry["rank"])]) for entry in entries])
+        return spent
+
+    def straggler(self) -> Straggler | None:
+        """The rank that others waited for of late, beyond noise."""
+        return self._stragglers.find()
 
     def _of(self, entry: Mapping[str, Any]) -> dict[str, float]:
         stalls = entry.get("stalls") or {}
@@ -139,14 +147,9 @@ class RankWindow:
         return {key: value - before.get(key, 0.0) for key, value in now.items()}
 
 
-def name_straggler(entries: Sequence[Mapping[str, Any]], spent: Mapping[int, Mapping[str, float]]) -> Straggler | None:
-    """The rank that the others wait for, by what `RankWindow` found."""
-    times = []
-    for entry in entries:
-        own = spent[int(entry["rank"])]
-        host, busy_s = str(entry.get("host", "this machine")), own["busy"] + own["stall"]
-        times.append(RankTimes(rank=int(entry["rank"]), host=host, busy_s=busy_s, waits={"feed": own["stall"]}))
-    return find_straggler(times)
+def _rank_times(entry: Mapping[str, Any], spent: Mapping[str, float]) -> RankTimes:
+    busy_s, host = spent["busy"] + spent["stall"], str(entry.get("host", "this machine"))
+    return RankTimes(rank=int(entry["rank"]), host=host, busy_s=busy_s, waits={"feed": spent["stall"]})
 
 
 class LiveView:
@@ -172,7 +175,7 @@ class LiveView:
     def ranks(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Show what every rank does."""
         spent = self._window.take(entries)
-        found = name_straggler(entries, spent)
+        found = self._window.straggler()
         rows: list[tuple[str, ...]] = []
         for entry in sorted(entries, key=lambda entry: int(entry["rank"])):
             rank = int(entry["rank"])

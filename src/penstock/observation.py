@@ -15,6 +15,7 @@ from penstock.effects import effective_flat
 from penstock.engine.chunked.layout import Layout
 from penstock.engine.chunked.spec import RankReport
 from penstock.engine.prefetch import FeedStats
+from penstock.engine.supervision.stragglers import RankTimes, StragglerWatch
 from penstock.epochs import EpochWatch, OnEpoch
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.progress import Progress
@@ -64,6 +65,7 @@ class Observation:
         self._run = config.results_dir.absolute().name
         self._metrics: Any = None
         self._totals: dict[int, dict[str, float]] = {}
+        self.stragglers = StragglerWatch()
 
     def training_begins(self, *, evaluates: bool) -> None:
         """What follows is training, at first or after a failure; whether it `evaluates` the valid split."""
@@ -103,6 +105,7 @@ class Observation:
         """Take what ranks did in an epoch of full-graph training, and draw it if it is of the steps that are asked
         for."""
         self.ranks([self._entry(epoch, report, layout) for report in reports])
+        self.stragglers.add([_epoch_times(report) for report in reports])
         if self._steps is not None and self._steps[0] <= epoch < self._steps[1]:
             self.timeline.add_epoch(epoch, reports, layout, began_s)
 
@@ -110,6 +113,7 @@ class Observation:
         """Take what replicas did since the last call, up to `step`: a leg and a host by rank, and for what all of them
         waited so far."""
         self.ranks([self._leg_entry(rank, step, leg, hosts[rank], waits) for rank, leg in enumerate(legs)])
+        self.stragglers.add([_leg_times(rank, leg, hosts[rank]) for rank, leg in enumerate(legs)])
 
     def _leg_entry(self, rank: int, step: int, leg: Leg, host: str, waits: Mapping[str, float]) -> dict[str, Any]:
         told = {"busy_s": leg.compute_s, "feed": leg.stall_s, "reduce": leg.reduce_s, "items": float(len(leg.losses))}
@@ -156,6 +160,15 @@ class Observation:
     def spans(self, rank: int, log: SpanLog, *, offset_s: float = 0.0) -> None:
         """Take what another process recorded."""
         self.timeline.add(rank, log, offset_s=offset_s)
+
+
+def _epoch_times(report: RankReport) -> RankTimes:
+    waits = {"history": report.history_stall_s}
+    return RankTimes(rank=report.rank, host=report.host, busy_s=report.busy_s, waits=waits)
+
+
+def _leg_times(rank: int, leg: Leg, host: str) -> RankTimes:
+    return RankTimes(rank=rank, host=host, busy_s=leg.compute_s + leg.stall_s, waits={"feed": leg.stall_s})
 
 
 def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:

@@ -97,7 +97,8 @@ def run_quickstart(
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_json(target, result)
-    print_table("quick start", _rows(metrics))
+    if not quiet:
+        print_table("quick start", _rows(metrics))
     return result
 
 

@@ -17,7 +17,6 @@ from penstock.engine.adapters import require
 from penstock.engine.chunked.processes import open_processes
 from penstock.engine.modelfile import save_model
 from penstock.engine.outputs import Outputs
-from penstock.engine.supervision.stragglers import RankTimes, find_straggler
 from penstock.observation import Observation
 from penstock.replica import OPEN_REPLICA, ReplicaReport
 from penstock.replicated import Place, Replicated, train_replicas
@@ -87,15 +86,6 @@ def _rank_section(report: ReplicaReport, host: str) -> dict[str, Any]:
     return {**value, **report.facts, "host": host}
 
 
-def _straggler(found: Replicated) -> dict[str, Any] | None:
-    times = [
-        RankTimes(rank=report.rank, host=host, busy_s=report.compute_s + report.stall_s, waits={"feed": report.stall_s})
-        for report, host in zip(found.reports, found.hosts, strict=True)
-    ]
-    straggler = find_straggler(times)
-    return None if straggler is None else straggler.to_json()
-
-
 def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
     trained = found.trained
     values = {key: value for split, m in found.final.items() for key, value in m.to_json(f"{split}_").items()}
@@ -149,7 +139,7 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         "bytes_read": sum(report.feed.bytes_read for report in reports if report.feed is not None),
         "resumed_from": trained.resumed_from,
         "restarts": found.restarts,
-        "straggler": _straggler(found),
+        "straggler": None if (slow := watch.stragglers.find()) is None else slow.to_json(),
         "feeders": [{key: value for key, value in feeder.items() if key != "graph"} for feeder in found.feeders],
         "ranks": [_rank_section(report, host) for report, host in zip(reports, found.hosts, strict=True)],
     }

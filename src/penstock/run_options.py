@@ -159,7 +159,7 @@ class RunOptions(ConfigOptions):
     force: bool = False
     "Delete what an earlier run left in the run folder, or in this experiment, and start anew."
     quiet: bool = False
-    "No progress."
+    "Say nothing but warnings and errors; on stdout only JSON that was asked for."
 
 
 @Parameter(name="*")

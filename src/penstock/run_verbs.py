@@ -52,7 +52,7 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
         text, kept_bytes = (run.path / "train" / "plan.json").read_text(), run.evaluation_bytes
     if as_json:
         print(text)
-    else:
+    elif not quiet:
         whose = "" if replicas == 1 else f", replica 0 of 0..{replicas - 1}"
         rows = summary_rows(summary, kept_bytes=kept_bytes) + (forecast_rows(memory) if memory else [])
         print_table(f"plan of {config.run_dir}{whose}", rows)
@@ -78,6 +78,7 @@ def _plan_chunked(config: RunConfig, *, force: bool, as_json: bool, quiet: bool)
         write_json(run.path / "plan.json", value)
     if as_json:
         print(json.dumps(value))
+    if as_json or quiet:
         return
     print_columns(f"ways to run {config.run_dir} on {devices} ranks", HEADINGS, estimate_rows(choices), RANKS)
     print_table("memory of the picked split", forecast_rows(memory))
@@ -97,6 +98,8 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
     if config.mode == "chunked":
         with _opened(config, force=force, quiet=quiet) as run:
             ranks = prepare_ranks(run)
+        if quiet:
+            return
         meta = ranks.chunks.meta
         rows = [("features", ranks.specs[0].features.kind), ("chunks", f"{meta.num_chunks} x {meta.num_parts}")]
         rows += [("cut edges", f"{meta.cut_edges / max(1, meta.num_edges):.1%}"), ("halo rows", f"{meta.alpha:.2f} N")]
@@ -109,8 +112,11 @@ def run_pack(config: RunConfig, *, force: bool, quiet: bool) -> None:
         )
     with _opened(config, force=force, quiet=quiet) as run:
         prepared = prepare(run, (*run.evaluated_splits, "train"))
+    if quiet:
+        return
+    done = "" if run.timings.spent else ": already done"
     sizes = [(split, format_bytes(found.summary.pack_bytes)) for split, found in prepared.items()]
-    print_table(f"packs of {config.run_dir}", [("mode", prepared["train"].summary.mode), *sizes])
+    print_table(f"packs of {config.run_dir}{done}", [("mode", prepared["train"].summary.mode), *sizes])
 
 
 def run_train(
@@ -128,6 +134,8 @@ def run_train(
             progress=show,
             stop_requested=stop,
         )
+    if quiet:
+        return
     status = "already done" if "already_done" in result else result["status"]
     rows = [*result_rows(result), ("result", f"{config.results_place}/result.json")]
     print_table(f"run {config.results_place}: {status}", rows)

@@ -132,7 +132,7 @@ def test_other_runs_stay_below_it_too(graph: GraphStore, tmp_path: Path, options
 
 @pytest.mark.slow
 def test_plan_prints_the_number(graph: GraphStore, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "penstock", "plan", str(graph.path), "--run-dir", str(tmp_path / "run"), "--quiet"]
+    command = [sys.executable, "-m", "penstock", "plan", str(graph.path), "--run-dir", str(tmp_path / "run")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     number = json.loads((tmp_path / "run" / "train" / "plan.json").read_text())["memory"]["predicted_peak_bytes"]
     assert f"give the container {-(-number // MIB)} MiB" in printed

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ EPOCH = EpochRecord(
     epoch_s=2.0,
     left_s=14.2,
 )
-RANK_ENTRIES = (
+RANK_ENTRIES: tuple[dict[str, Any], ...] = (
     {
         "rank": 0,
         "host": "node-a.example",
@@ -66,6 +67,11 @@ class Clock:
         return self.now
 
 
+def _grown(entry: dict[str, Any], times: int) -> dict[str, Any]:
+    stalls = {cause: times * value for cause, value in entry["stalls"].items()}
+    return {**entry, "busy_s": times * entry["busy_s"], "stalls": stalls}
+
+
 def shown(width: int) -> str:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
@@ -77,7 +83,8 @@ def shown(width: int) -> str:
     view("sample valid", 5, 5, "items", edges=41234.0)
     view("pack train", 1 << 28, 1 << 30, "bytes")
     view("train", 300, 1200, "items", loss=1.25, items_per_s=64.51, stall_s=1.352, hit_rate=0.985)
-    view.ranks(RANK_ENTRIES)
+    for times in range(1, 6):
+        view.ranks([_grown(entry, times) for entry in RANK_ENTRIES])
     view.epoch(EPOCH)
     console.print(view)
     for table in (

@@ -13,7 +13,7 @@ from rich.console import Console
 from penstock.config import load_config
 from penstock.display import Lines, progress
 from penstock.engine.prefetch import FeedStats
-from penstock.live import LiveView, RankWindow, name_straggler
+from penstock.live import LiveView, RankWindow
 from penstock.observation import observed
 from penstock.replica import Leg
 from penstock.storage.generate import GenerateConfig, generate_graph
@@ -124,28 +124,41 @@ ENTRIES: list[dict[str, Any]] = [
 ]
 
 
+def grown(times: int) -> list[dict[str, Any]]:
+    """What ranks say after as many windows in which each did what `ENTRIES` have."""
+    return [
+        {
+            **entry,
+            "busy_s": times * entry["busy_s"],
+            "stalls": {cause: times * value for cause, value in entry["stalls"].items()},
+        }
+        for entry in ENTRIES
+    ]
+
+
 def test_the_rank_that_others_wait_for_is_named() -> None:
     window = RankWindow()
-    first = window.take(ENTRIES)
-    assert first[0] == {"busy": 6.0, "stall": 1.0, "reduce": 3.0}
-    found = name_straggler(ENTRIES, first)
+    assert window.take(ENTRIES)[0] == {"busy": 6.0, "stall": 1.0, "reduce": 3.0}
+    assert window.straggler() is None, "one window says nothing"
+    for times in range(2, 6):
+        assert window.take(grown(times))[0] == {"busy": 6.0, "stall": 1.0, "reduce": 3.0}
+    found = window.straggler()
     assert found is not None and (found.rank, found.host, found.cause) == (1, "b", "compute")
     later: list[dict[str, Any]] = [
-        {"rank": 0, "busy_s": 7.0, "stalls": {"feed": 4.0, "reduce": 3.0}},
+        {"rank": 0, "busy_s": 31.0, "stalls": {"feed": 8.0, "reduce": 15.0}},
         {"rank": 1, "busy_s": 1.0, "stalls": {"reduce": 1.0}},  # it began anew
     ]
     spent = window.take(later)
     assert spent == {0: {"busy": 1.0, "stall": 3.0, "reduce": 0.0}, 1: {"busy": 1.0, "stall": 0.0, "reduce": 1.0}}
-    found = name_straggler(later, spent)
-    assert found is not None and (found.rank, found.cause) == (0, "feed")
-    assert name_straggler(later[:1], spent) is None
+    window.take(later[:1])
+    assert window.straggler() is None, "who is alone holds nobody up"
 
 
 def test_lines_name_the_straggler_too(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as show:
         assert isinstance(show, Lines)
-        show.ranks(ENTRIES)
-        show.ranks(ENTRIES)  # too soon to say it again
+        for times in range(1, 8):
+            show.ranks(grown(times))  # the last ones come too soon to say it again
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ranks: rank 1 on b is the slowest")
 
@@ -192,7 +205,8 @@ def test_a_terminal_shows_bars_and_ranks() -> None:
     view("train", 30, 120, "items", loss=1.25)
     console.print(view)
     assert "rank" not in console.export_text(clear=True)
-    view.ranks(ENTRIES)
+    for times in range(1, 6):
+        view.ranks(grown(times))
     console.print(view)
     text = console.export_text()
     (bar,) = [line for line in text.splitlines() if line.startswith("train")]
