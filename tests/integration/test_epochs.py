@@ -57,9 +57,8 @@ def test_every_epoch_is_told_once(graph: Path, tmp_path: Path, options: dict[str
     assert told[0].left_s == pytest.approx(2 * told[0].epoch_s) and told[-1].left_s == 0
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow), pytest.param(CHUNKED, id="chunked")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SAMPLED, CHUNKED], ids=["sampled", "chunked"])
 def test_an_evaluation_of_the_last_epoch_alone_is_told_with_it(
     graph: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -68,6 +67,7 @@ def test_an_evaluation_of_the_last_epoch_alone_is_told_with_it(
     assert told[0].best is None and told[0].best_epoch is None
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_tells_what_is_left_of_it(graph: Path, tmp_path: Path) -> None:
     config = penstock.load_config(flags={**FLAGS, **SAMPLED, "dataset": graph, "run_dir": tmp_path / "run"})
     stop, told = threading.Event(), list[penstock.EpochRecord]()

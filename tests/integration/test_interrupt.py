@@ -29,8 +29,7 @@ MODES = {
         **{"model.num_layers": 2, "model.dropout": 0},
     },
 }
-_SLOW = ("memory", "rolling", "replicas", "ranks")
-ALL_MODES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in MODES]
+ALL_MODES = [pytest.param(name, marks=() if name == "packs" else pytest.mark.slow) for name in MODES]
 KILLED = """
 import json, os, signal, sys
 import penstock
@@ -97,6 +96,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_says_stopped(graph: Path, tmp_path
     assert weights(run) == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_it_at_once(graph: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
@@ -131,9 +131,8 @@ def test_a_programs_own_handler_stays_and_its_interrupt_says_stopped(graph: Path
     assert penstock.train(config(graph, run, "packs"))["resumed_from"] > 0
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(name, marks=() if name == "packs" else pytest.mark.slow) for name in MODES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_that_is_killed_in_its_second_epoch_goes_on_from_the_first(
     graph: Path, tmp_path: Path, mode: str
 ) -> None:
