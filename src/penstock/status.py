@@ -6,7 +6,8 @@
 | `stage` | the stage that moved last: `name`, `done`, `total`, `unit`, `rate` per second, `left_s` |
 | `epoch` | the last epoch that ended, as in `EpochRecord`; None before |
 
-It is written at most every two seconds, and lost at no cost: nothing but `inspect` reads it.
+It is there as soon as a process works on the run, or on the experiment, and written when a stage begins and every two
+seconds. It may be lost at no cost: nothing but `inspect` reads it.
 """
 
 import json
@@ -29,29 +30,32 @@ class Status:
     """A `Progress` that keeps the file; used by the thread that works on the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._written = folder / NAME, -_EVERY_S
-        self._stages = Stages()
+        self._path, self._stages = folder / NAME, Stages()
         self._value: dict[str, Any] = {"at": 0.0, "stage": None, "epoch": None}
+        self._write()
 
     def __call__(self, stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
         """See Progress."""
+        is_new = stage not in self._stages.known
         self._value["stage"] = _describe(stage, self._stages.update(stage, done, total, unit, numbers))
-        self._write_if_due()
+        if is_new or self._is_due():
+            self._write()
 
     def epoch(self, record: EpochRecord) -> None:
         """Take note of an epoch that ended."""
         self._value["epoch"] = asdict(record)
-        self._write_if_due()
+        if self._is_due():
+            self._write()
 
     def close(self) -> None:
         """Take the file away."""
         self._path.unlink(missing_ok=True)
 
-    def _write_if_due(self) -> None:
-        now = time.monotonic()
-        if now - self._written < _EVERY_S:
-            return
-        self._written, self._value["at"] = now, time.time()
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written >= _EVERY_S
+
+    def _write(self) -> None:
+        self._written, self._value["at"] = time.monotonic(), time.time()
         temporary = self._path.with_name(f".{NAME}")
         try:
             temporary.write_text(json.dumps(self._value))

@@ -12,6 +12,7 @@ from penstock.config import RunConfig, load_config
 from penstock.engine.trainer import Stopped
 from penstock.epochs import EpochRecord
 from penstock.inspection import describe, run_inspect
+from penstock.status import Status
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.training import train
 
@@ -122,3 +123,21 @@ def test_early_stopping_says_where_and_what_was_best(
     lines = said(tmp_path / "run", capsys)
     without = f"{metrics['epochs']} of 60: stopped early, {metrics['epochs'] - metrics['best_epoch']} epochs without"
     assert row(lines, "epochs").startswith(without) and row(lines, "best epoch") == str(metrics["best_epoch"])
+
+
+def test_a_status_is_there_from_the_beginning_and_goes_with_its_process(tmp_path: Path) -> None:
+    def there() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "status.json").read_text())
+        return found
+
+    status = Status(tmp_path)
+    assert there()["stage"] is None
+    status("sample train", 0, 5, "items")
+    assert there()["stage"]["name"] == "sample train"
+    status("train", 3, 10, "items", items_per_s=2.5)
+    assert (there()["stage"]["done"], there()["stage"]["rate"]) == (3, 2.5)
+    status.close()
+    assert not list(tmp_path.iterdir())
+    gone = Status(tmp_path / "no such folder")  # as on a full disk: nothing to see, and nothing fails
+    gone("train", 1, 2, "items")
+    gone.close()
