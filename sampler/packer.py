@@ -82,6 +82,7 @@ def write_packs(
             before += sum(sizes[window] for window in windows)
     check_finished(plan, out, every)
     publish_packset(out, plan.meta)
+    progress("pack", total, total, "bytes")  # passes count what they copied, and not what they pad
     return plan.meta
 
 

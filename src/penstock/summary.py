@@ -47,7 +47,7 @@ def score_rows(result: Mapping[str, Any]) -> list[Row]:
 
 def _speed_rows(result: Mapping[str, Any]) -> list[Row]:
     rate, times = result.get("throughput", {}).get("items_per_s"), result.get("timings", {})
-    rows = [("training", format_rate(rate, "items"))] if rate else []
+    rows = [("training", f"{format_rate(rate, 'items')} over all epochs")] if rate else []
     if "total_s" in times:
         parts = ", ".join(f"{name} {format_seconds(times[f'{name}_s'])}" for name in _PARTS)
         rows.append(("time", f"{format_seconds(times['total_s'])}: {parts}"))

@@ -60,6 +60,20 @@ def test_packs_serve_every_row(
     assert sum(sizes) == plan.summary.pack_bytes
 
 
+def test_progress_grows_up_to_all_of_it(
+    tiny_graph: GraphStore, small_trace: Trace, make_plan: Any, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def show(stage: str, done: int, total: int, unit: str, /, **numbers: float) -> None:
+        assert (stage, unit) == ("pack", "bytes") and done <= total
+        seen.append(done)
+
+    plan = make_plan(host=50_000)
+    write_packs(plan, tiny_graph, small_trace, tmp_path / "packs", host_memory=MEMORY, progress=show)
+    assert seen == sorted(seen) and seen[-1] == plan.summary.pack_bytes
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_packs_of_other_dtypes_hold_encoded_rows_and_tell_the_error(
     tiny_graph: GraphStore, small_trace: Trace, make_plan: Any, replay: Any, tmp_path: Path, dtype: str
