@@ -107,6 +107,7 @@ def test_a_quick_start_that_does_not_fit_exits_so_and_takes_its_remedy(tmp_path:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_a_verb_without_a_traceback() -> None:
     """As `| head` does. The table is larger than a pipe and than what is read of it."""
     command = [sys.executable, "-m", "penstock", "config"]
