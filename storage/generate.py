@@ -61,11 +61,19 @@ class GenerateConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":
         if self.train + self.valid + self.test > 1 + 1e-9:
-            raise ValueError(f"train + valid + test = {self.train + self.valid + self.test:g} exceeds 1")
+            raise ValueError(
+                f"train + valid + test = {self.train + self.valid + self.test:g} exceeds 1; lower one of them"
+            )
         if self.num_classes * 4 > self.num_nodes:
-            raise ValueError(f"num_classes={self.num_classes} needs at least {4 * self.num_classes} nodes")
+            raise ValueError(
+                f"num_classes={self.num_classes} needs at least {4 * self.num_classes} nodes, not num_nodes="
+                f"{self.num_nodes}; use as many or more, or num_classes={self.num_nodes // 4} or fewer"
+            )
         if self.avg_degree > self.max_degree / 2:
-            raise ValueError(f"avg_degree={self.avg_degree:g} exceeds {self.max_degree / 2:g}, half the largest degree")
+            raise ValueError(
+                f"avg_degree={self.avg_degree:g} exceeds {self.max_degree / 2:g}, half the largest degree of "
+                f"num_nodes={self.num_nodes}; use a smaller avg_degree, or more nodes"
+            )
         return self
 
     @property

@@ -106,7 +106,7 @@ def generate(
 
     Args:
         out: Folder of the graph store to make.
-        num_nodes: Nodes.
+        num_nodes: Nodes, 64 or more with the default degree; fewer with --set avg_degree=2 --set num_classes=2.
         set: Another generator option: --set avg_degree=16, --set num_features=128, --set seed=1.
         host_memory: Bytes that the generator may use.
         quiet: Say nothing but warnings and errors.

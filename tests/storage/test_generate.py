@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,18 @@ def test_memory_does_not_grow_with_the_graph(tmp_path: Path) -> None:
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     # the larger graph has 190 MB
     assert peaks[1] - peaks[0] < 25 << 20
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy", "then"),
+    [
+        ({"num_nodes": 20}, "num_classes=5 or fewer", {"num_classes": 5, "avg_degree": 5}),
+        ({"num_nodes": 50}, "use a smaller avg_degree, or more nodes", {"avg_degree": 12.5}),
+    ],
+)
+def test_graphs_that_are_too_small_are_refused_with_what_helps(
+    given: dict[str, Any], remedy: str, then: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        GenerateConfig(**given)
+    assert GenerateConfig(**given, **then).num_nodes == given["num_nodes"]
