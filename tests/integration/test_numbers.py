@@ -12,6 +12,7 @@ from penstock.__main__ import main
 from penstock.storage.generate import GenerateConfig, generate_graph
 
 SAMPLED = ["--fanouts", "3,3", "--batch-size", "32", "--host-memory", "8MiB"]
+REPLICAS = [*SAMPLED[:-1], "32MiB", "--replicas", "2"]
 CHUNKED = ["--mode", "chunked", "--chunks", "4", "--layers", "2"]
 NUMBER = r"([0-9.,]+)"
 
@@ -61,7 +62,13 @@ def test_a_rate_is_one_number_on_the_terminal_and_in_all_files(
 
 
 @pytest.mark.parametrize(
-    "words", [SAMPLED, *(pytest.param(w, marks=pytest.mark.slow) for w in ([*SAMPLED[:-2], "--in-memory"], CHUNKED))]
+    "words",
+    [
+        pytest.param(SAMPLED, id="packs"),
+        pytest.param([*SAMPLED[:-2], "--in-memory"], id="in memory", marks=pytest.mark.slow),
+        pytest.param(REPLICAS, id="replicas", marks=pytest.mark.slow),
+        pytest.param(CHUNKED, id="chunked", marks=pytest.mark.slow),
+    ],
 )
 def test_every_second_has_a_name(
     words: list[str], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
