@@ -129,7 +129,13 @@ class FeederSession:
                 found[str(window)] = (
                     {"state": "unknown"}
                     if order is None
-                    else {"state": order.state, "bytes": order.pack_bytes, "error": order.error, "kind": order.kind}
+                    else {
+                        "state": order.state,
+                        "bytes": order.pack_bytes,
+                        "error": order.error,
+                        "kind": order.kind,
+                        "num_inputs": order.num_inputs,
+                    }
                 )
             return found
 

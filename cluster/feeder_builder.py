@@ -58,6 +58,7 @@ class Order:
     state: State = "queued"
     error: str = ""
     kind: str = ""
+    num_inputs: int = 0  # of the item that outgrew its room
     index_xxh3: str = ""
     pack_xxh3: str = ""
     pack_bytes: int = 0
@@ -177,6 +178,7 @@ class Feeder:
             except Exception as error:  # a boundary: the one who asked is told
                 logger.info("window %d failed", order.window, exc_info=True)
                 order.error, order.kind = str(error) or repr(error), type(error).__name__
+                order.num_inputs = getattr(error, "num_inputs", 0)
                 shutil.rmtree(order.folder, ignore_errors=True)
             with self.changed:
                 order.state = state

@@ -11,7 +11,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from penstock.storage.transfer import Address
 
 logger = logging.getLogger(__name__)
 
-KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (DoesNotFit, Outgrown, DataError, FormatError)}
+KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (DoesNotFit, DataError, FormatError)}
 _CHECK_GAP_S = 0.5  # calls of `check` closer than that belong to one wait
 
 
@@ -58,8 +58,17 @@ class Puller:
     """
 
     def __init__(
-        self, job: WindowJob, packs: Path, windows: range, token: bytes, pace: Pace, *, disk_bytes: int
+        self,
+        job: WindowJob,
+        packs: Path,
+        windows: range,
+        token: bytes,
+        pace: Pace,
+        *,
+        disk_bytes: int,
+        on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
+        """`on_error` is told the first error that `check` will raise."""
         self.job, self.packs, self.token, self.pace = job, packs, token, pace
         self._disk_bytes = disk_bytes
         self._changed = threading.Condition()
@@ -72,6 +81,7 @@ class Puller:
         self._lanes: dict[Address, Lane] = {}
         self._dropped: set[Address] = set()
         self._error: Exception | None = None
+        self._on_error = on_error
         self._stopped = False
         self._times: list[float] = []
         self._moved = self._checked = time.monotonic()
@@ -192,13 +202,18 @@ class Puller:
             del self._local[window]
             self._changed.notify_all()
 
-    def failed(self, lane: Lane, window: int, kind: str, message: str) -> None:
-        """A feeder could not build a window; what a second one cannot build either is the run's fault."""
+    def failed(self, lane: Lane, window: int, kind: str, message: str, num_inputs: int = 0) -> None:
+        """A feeder could not build a window; what a second one cannot build either is the run's fault.
+
+        `num_inputs` is of `Outgrown`.
+        """
         with self._changed:
             self._failures[window] = self._failures.get(window, 0) + 1
             if self._failures[window] >= min(2, len(self._lanes)):
                 where = f"{lane.address[0]}:{lane.address[1]}"
-                self._fail(KINDS.get(kind, RuntimeError)(f"feeder {where} could not build window {window}: {message}"))
+                what = f"feeder {where} could not build window {window}: {message}"
+                error = Outgrown(what, num_inputs=num_inputs) if kind == "Outgrown" else None
+                self._fail(error or KINDS.get(kind, RuntimeError)(what))
         self.give_back(lane, window, remake=True)
 
     def fail(self, error: Exception) -> None:
@@ -207,7 +222,9 @@ class Puller:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._error = self._error or error
+        if self._error is None:
+            self._error = error
+            self._on_error(error)
         self._changed.notify_all()
 
     def patience(self) -> float | None:

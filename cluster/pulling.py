@@ -174,20 +174,22 @@ def open_puller(
     request["known_inputs"] = read_json(known)["inputs"] if known.exists() else 0
     job, addresses = _describe_in_time(addresses, token, request, pace, refresh)
     clear_windows(packs)
+
+    def note(error: Exception) -> None:  # at once: whoever meets the error may end this process
+        if isinstance(error, Outgrown):
+            write_json(known, {"inputs": max(error.num_inputs, 2 * job.meta.max_inputs)})
+
     try:
         write_packset(packs, job.meta)
         write_npy(packs / "residents.npy", job.residents)
         size = job.meta.window_items
         windows = range(start_step // size, max(start_step // size + 1, -(-stop_step // size)))
-        puller = Puller(job, packs, windows, token, pace, disk_bytes=budgets.disk_bytes)
+        puller = Puller(job, packs, windows, token, pace, disk_bytes=budgets.disk_bytes, on_error=note)
         try:
             puller.set_feeders(addresses)
             yield puller
         finally:
             puller.close()
-    except Outgrown:
-        write_json(known, {"inputs": 2 * job.meta.max_inputs})
-        raise
     finally:
         shutil.rmtree(packs, ignore_errors=True)
 

@@ -219,7 +219,8 @@ def build_window(
     if max(index.num_inputs) > job.meta.max_inputs:
         raise Outgrown(
             f"an item of window {window} reads {max(index.num_inputs)} rows, {job.meta.max_inputs} were expected; "
-            "resume the run: it makes room for twice as many"
+            "resume the run: it makes room for twice as many, or for these",
+            num_inputs=max(index.num_inputs),
         )
     recording = _plan_alone(graph, job, index, traces, scratch)
     pack_bytes = sum(head.extent_bytes for head in recording.heads)

@@ -30,7 +30,16 @@ class DoesNotFit(ValueError):
 
 
 class Outgrown(DoesNotFit):
-    """Items to come are larger than what rolling windows were sized for; who starts them anew sizes them so."""
+    """Items to come are larger than what rolling windows were sized for; who starts them anew sizes them so.
+
+    `num_inputs` is what the largest reads, where that is known.
+    """
+
+    def __init__(
+        self, message: str, *, num_inputs: int = 0, host_bytes: int | None = None, disk_bytes: int | None = None
+    ) -> None:
+        super().__init__(message, host_bytes=host_bytes, disk_bytes=disk_bytes)
+        self.num_inputs = num_inputs
 
 
 class TryAgain(Exception):

@@ -30,6 +30,7 @@ from penstock.replica import Leg, ReplicaReport, ReplicaSpec
 from penstock.replica_sources import Fed
 from penstock.run import Run, make_model
 from penstock.sampler.neighbors import count_items
+from penstock.storage.errors import Outgrown
 from penstock.storage.graph import Split
 from penstock.storage.pack import PackMode
 from penstock.timeline import clock_offset
@@ -293,6 +294,7 @@ def train_replicas(run: Run, place: Place, watch: Observation) -> Replicated:
     """Train on replicas; they start anew from the newest checkpoint when one is lost.
 
     RankFailed once that happened more than `cluster.retries` times; Stopped after a checkpoint when asked to stop.
+    Where items of feeders outgrow what windows were sized for, replicas start anew for larger ones.
     """
     specs = replica_specs(run, place.threads, place.replicas_per_gpu)
 
@@ -300,8 +302,16 @@ def train_replicas(run: Run, place: Place, watch: Observation) -> Replicated:
         watch.restarted(number)
         logger.warning("%s; starting all replicas anew from the newest checkpoint", error)
 
+    def attempt(number: int) -> Replicated:
+        while True:  # ends: every start makes room for larger items, until all fit or the budgets end it
+            try:
+                return _attempt(run, place, specs, watch, number)
+            except Outgrown as error:
+                run.poll()
+                logger.warning("%s; starting all replicas anew from the newest checkpoint, with more room", error)
+
     return run_with_restarts(
-        lambda number: _attempt(run, place, specs, watch, number),
+        attempt,
         run.config.cluster.retries,
         tell,
         stop_requested=run.stop_requested,
