@@ -140,7 +140,7 @@ def test_the_resolved_configuration_is_accepted(trained: Path, tmp_path: Path) -
     ("words", "code", "message"),
     [
         (["train", "--host-memry", "1GiB"], 2, "--host-memory"),
-        (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "train.epoch=3"], 2, "'epochs'"),
+        (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "train.epoch=3"], 2, "'train.epochs'"),
         (["train", "{graph}", "--run-dir", "{tmp}/r", "--set", "modle.kind=gcn"], 2, "'model'"),
         (["train", "{graph}"], 2, "run_dir is missing"),
         (["plan", "{graph}", "--run-dir", "{tmp}/r", "--result-json", "{tmp}/x"], 2, "--result-json"),
