@@ -4,50 +4,19 @@ What a step allocates is proportional to the rows and edges of its blocks, so a 
 tensors are counted as they come and go, tells what a whole one takes, for any model.
 """
 
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from penstock.engine.blockcache import BlockCache
+from penstock.engine.livebytes import LiveBytes
 from penstock.engine.metrics import node_loss
 from penstock.engine.minibatch import Block
 
 _SAMPLE_ROWS = 1 << 13  # of the largest block: some milliseconds
 BlockSizes = tuple[int, int, int]  # sources, destinations, edges
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Counts the bytes of tensors that operations make, for as long as they live; storages of `known` are not ours."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
-        return out
-
-    def _note(self, storage: Any) -> None:
-        address, num_bytes = storage.data_ptr(), storage.nbytes()
-        if address in self._seen or not num_bytes:
-            return
-        self._seen.add(address)
-        self.live += num_bytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, address, num_bytes).atexit = False
-
-    def _drop(self, address: int, num_bytes: int) -> None:
-        self._seen.discard(address)
-        self.live -= num_bytes
 
 
 def _blocks(sizes: Sequence[BlockSizes], scale: float, num_weights: int) -> list[Block]:
@@ -83,7 +52,7 @@ def _peak(
     structure = [tensor for block in blocks for tensor in (block.indptr, block.indices, block.edge_weights)]
     structure += [tensor for block in blocks for tensor in (block.draw_weights, block.src_degrees)]
     known = [features, labels, *model.parameters(), *model.buffers(), *(t for t in structure if t is not None)]
-    live = _LiveBytes(known)
+    live = LiveBytes(known)
     try:
         with torch.random.fork_rng([]), live, torch.set_grad_enabled(train):
             loss = node_loss(model(blocks, features), labels)

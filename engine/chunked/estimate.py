@@ -38,8 +38,8 @@ class Choice:
     between stages, between parts, and to sum weight gradients. `peak_bytes` is of the rank that needs most;
     `history_bytes` likewise, in memory or on disk; `resident_history_bytes` is what the peak has for them. Histories
     stay on the host, the rest of the peak, `device_bytes`, is on the device. `all_ranks_bytes` is the sum over ranks,
-    with as many histories in memory as the budget has room for. `fits` says whether both are within the budgets of a
-    rank.
+    with as many histories in memory as the budget has room for, which take `all_histories_bytes`. `fits` says whether
+    both are within the budgets of a rank.
     """
 
     kind: Parallelism
@@ -59,6 +59,7 @@ class Choice:
     resident_history_bytes: int
     device_bytes: int
     all_ranks_bytes: int
+    all_histories_bytes: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def choose_split(
             resident_history_bytes=round(float(resident.max())),
             device_bytes=on_device,
             all_ranks_bytes=round(float((peaks - resident + used).sum())),
+            all_histories_bytes=round(float(used.sum())),
             fits=int(peaks.max()) <= memory_bytes and (device_bytes is None or on_device <= device_bytes),
         )
         if choice.fits:

@@ -88,9 +88,9 @@ class ModelFacts:
 class Profile:
     """What a sample chunk of `rows` own and `halo` other rows and `edges` took, by unit: `enter`, hidden layers, head.
 
-    `backward_s` leaves out weight gradients, `weight_s`. `saved_bytes` is what autograd keeps. `load_s` is how long
-    the chunk's features are waited for. `bytes_per_s` and `latency_s` are of the transport between two ranks,
-    `disk_bytes_per_s` is one rank's share of the disk.
+    `backward_s` leaves out weight gradients, `weight_s`. `kept_bytes` is what a tape keeps, `gradient_bytes` what a
+    backward pass holds beside that. `load_s` is how long the chunk's features are waited for. `bytes_per_s` and
+    `latency_s` are of the transport between two ranks, `disk_bytes_per_s` is one rank's share of the disk.
     """
 
     rows: int
@@ -99,7 +99,8 @@ class Profile:
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     weight_s: tuple[float, ...]
-    saved_bytes: tuple[int, ...]
+    kept_bytes: tuple[int, ...]
+    gradient_bytes: tuple[int, ...]
     load_s: float = 0.0
     bytes_per_s: float
     latency_s: float
@@ -236,10 +237,15 @@ def split_costs(split: Split, facts: GraphFacts, model: ModelFacts, profile: Pro
         sums[-1] += values[-1]
         return np.outer(sums * layout.parts, scale)
 
+    def most(values: Sequence[int], unit: range) -> int:
+        """Of a rank's units, one after the other; the head is the last rank's."""
+        return max((*values[unit.start : unit.stop], values[-1] if unit.stop == split.units[-1].stop else 0))
+
     forward, backward = by_unit(profile.forward_s, work), by_unit(profile.backward_s, work)
     if not split.in_memory:  # half of the traffic in each direction; of computing and the disk the slower one shows
         io_s = _traffic_bytes(split, piece, model, config) / profile.disk_bytes_per_s / 2
         forward, backward = np.maximum(forward, io_s), np.maximum(backward, io_s)
+    gradients = [most(profile.gradient_bytes, unit) for unit in split.units]
     exchanged = np.outer(split.layers, piece.mirrors * row_bytes)
     return Costs(
         load_s=np.outer(np.ones(layout.num_ranks), profile.load_s * rows),
@@ -255,8 +261,9 @@ def split_costs(split: Split, facts: GraphFacts, model: ModelFacts, profile: Pro
         wire_bytes=_bytes(np.outer(np.ones(layout.num_ranks), piece.own * model.state_bytes)),
         exchange_bytes=_bytes(exchanged),
         step_bytes=step_bytes,
-        activation_bytes=_bytes(by_unit(profile.saved_bytes, rows)),
+        activation_bytes=_bytes(by_unit(profile.kept_bytes, rows)),
         input_bytes=np.zeros((layout.num_ranks, facts.num_chunks), np.int64),  # in the history tables: constant
+        gradient_bytes=_bytes(np.outer(gradients * layout.parts, rows)),
         deferred_bytes=_bytes(np.outer(split.layers, 2 * piece.own * row_bytes)),
         constant_bytes=_constant_bytes(split, piece, model, config),
     )

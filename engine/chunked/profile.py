@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from penstock.engine.chunked.config import BackendName
 from penstock.engine.chunked.footprint import Profile
 from penstock.engine.chunked.ownership import hidden_layers, hidden_width
 from penstock.engine.deferred import WeightGradients
+from penstock.engine.livebytes import LiveBytes
 from penstock.storage.chunks import PartChunks
 
 _REPEATS = 3
@@ -35,47 +37,53 @@ def _median_s(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-class _Saved:
-    """Counts the bytes that autograd keeps, each storage once, as a context."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """What `_measure` found of a unit: seconds of its passes, the bytes that its tape keeps, and those that a backward
+    pass holds beside them at most."""
 
-    def __init__(self) -> None:
-        self._seen: dict[int, int] = {}
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self._seen.values())
-
-    def __enter__(self) -> "_Saved":
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exit: Any) -> None:
-        self._hooks.__exit__(*exit)
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    kept_bytes: int
+    gradient_bytes: int
 
 
-def _measure(unit: Callable[[], tuple[Tensor, ...]]) -> tuple[float, float, float, int]:
-    """Seconds forward, backward and of weight gradients of one unit, and the bytes it keeps."""
+def _backward(outputs: tuple[Tensor, ...]) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+
+
+def _measure(unit: Callable[[], tuple[Tensor, ...]], known: Sequence[Tensor], leaf: Tensor | None = None) -> _Unit:
+    """Run a unit some times; tensors that are `known` are there anyway. Of these, `leaf` are rows that went in, which a
+    tape keeps for their gradient: autograd may have no use for them, as where dropout comes first."""
     with torch.no_grad():
         unit()  # compiles and warms up
         forward_s = _median_s(unit)
     backward, weight = [], []
     for _ in range(_REPEATS):
-        collector = WeightGradients()
-        with _Saved() as saved, collector:
+        with WeightGradients() as collector:
             outputs = unit()
         began = time.perf_counter()
-        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+        _backward(outputs)
         backward.append(time.perf_counter() - began)
         began = time.perf_counter()
         collector.flush()
         weight.append(time.perf_counter() - began)
-    return forward_s, statistics.median(backward), statistics.median(weight), saved.num_bytes
+    gradients = [tensor.grad for tensor in known if tensor.is_leaf and tensor.grad is not None and tensor is not leaf]
+    with LiveBytes([*known, *gradients]) as live, WeightGradients():
+        if leaf is not None:
+            leaf.grad = None
+        outputs = unit()
+        kept = live.live
+        live.peak = kept
+        _backward(outputs)
+    return _Unit(
+        forward_s=forward_s,
+        backward_s=statistics.median(backward),
+        weight_s=statistics.median(weight),
+        kept_bytes=kept + (0 if leaf is None else leaf.nbytes),
+        gradient_bytes=live.peak - kept,
+    )
 
 
 def profile_model(
@@ -98,31 +106,33 @@ def profile_model(
     def enter() -> tuple[Tensor, ...]:
         return some(layered.enter(model, data.drawn(0, 0), features))
 
-    def layer() -> tuple[Tensor, ...]:
-        last = hidden_layers(model)[-1]
+    def layer(number: int) -> tuple[Tensor, ...]:
         leaf = None if initial is None else initial.requires_grad_()
-        return some(layered.apply_layer(model, last, data.drawn(0, last), x.requires_grad_(), leaf))
+        return some(layered.apply_layer(model, number, data.drawn(0, number), x.requires_grad_(), leaf))
 
     def head() -> tuple[Tensor, ...]:
         scores = layered.leave(model, x[: data.num_own].detach().requires_grad_(), initial)
         return (scores,)
 
     layers = hidden_layers(model)
+    known = [*model.parameters(), *model.buffers(), features, x, *(() if initial is None else (initial,))]
     try:
-        found = [_measure(enter), *([_measure(layer)] * len(layers) if layers else []), _measure(head)]
+        ends = {number: _measure(partial(layer, number), known, x) for number in {*layers[:1], *layers[-1:]}}
+        hidden = [ends.get(number, ends[layers[0]]) for number in layers]  # those between are as the first
+        found = [_measure(enter, known), *hidden, _measure(head, known)]
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
-    forward_s, backward_s, weight_s, saved = zip(*found, strict=True)
     bytes_per_s, latency_s = _WIRES[backend]
     return Profile(
         rows=data.num_own,
         halo=data.num_halo,
         edges=data.block.num_edges,
-        forward_s=forward_s,
-        backward_s=backward_s,
-        weight_s=weight_s,
-        saved_bytes=saved,
+        forward_s=tuple(unit.forward_s for unit in found),
+        backward_s=tuple(unit.backward_s for unit in found),
+        weight_s=tuple(unit.weight_s for unit in found),
+        kept_bytes=tuple(unit.kept_bytes for unit in found),
+        gradient_bytes=tuple(unit.gradient_bytes for unit in found),
         bytes_per_s=bytes_per_s,
         latency_s=latency_s,
         disk_bytes_per_s=disk_bytes_per_s,

@@ -22,9 +22,10 @@ class Costs:
     `load_s` is what reading ahead does not hide; `backward_s` leaves out `weight_s` and, where activations are
     recomputed, `recompute_s`.
     `exchange_s` and `exchange_bytes` are among parts, once in FORWARD and once in BACKWARD. `wire_bytes` is what a SEND
-    carries, `step_bytes` what a rank sends to sum weight gradients over parts. `activation_bytes` is what autograd
-    keeps of a chunk, `input_bytes` the stage's input rows (kept to recompute from), `deferred_bytes` what a weight
-    gradient that is put off holds. `constant_bytes` [ranks] is there all the time: histories, topology, weights.
+    carries, `step_bytes` what a rank sends to sum weight gradients over parts. `activation_bytes` is what the tape of
+    a chunk keeps, `gradient_bytes` what a backward pass holds beside it, `input_bytes` the stage's input rows (kept to
+    recompute from), `deferred_bytes` what a weight gradient that is put off holds. `constant_bytes` [ranks] is there
+    all the time: histories, topology, weights.
     """
 
     load_s: NDArray[np.float64]
@@ -40,6 +41,7 @@ class Costs:
     exchange_bytes: NDArray[np.int64]
     step_bytes: int
     activation_bytes: NDArray[np.int64]
+    gradient_bytes: NDArray[np.int64]
     input_bytes: NDArray[np.int64]
     deferred_bytes: NDArray[np.int64]
     constant_bytes: NDArray[np.int64]
@@ -83,6 +85,7 @@ def uniform_costs(
         exchange_bytes=zeros,
         step_bytes=0,
         activation_bytes=zeros,
+        gradient_bytes=zeros,
         input_bytes=zeros,
         deferred_bytes=zeros,
         constant_bytes=np.zeros(layout.num_ranks, np.int64),
@@ -140,7 +143,7 @@ def _memory(plan: EpochPlan, costs: Costs, rank: int, num_layers: int) -> Iterat
                 yield kept
             case Kind.BACKWARD:
                 kept += int(costs.deferred_bytes[at])
-                yield kept + (activations if plan.recompute else 0)
+                yield kept + int(costs.gradient_bytes[at]) + (activations if plan.recompute else 0)
                 kept -= inputs if plan.recompute else activations
             case Kind.WEIGHT:
                 yield kept

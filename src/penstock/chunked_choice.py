@@ -161,13 +161,13 @@ def size_ranks(run: Run, chunks: ChunkStore, config: ChunkedConfig, model: nn.Mo
         history_bytes=rank_bytes - choice.peak_bytes + choice.resident_history_bytes,
         feed_bytes=0 if features == "memory" else feature_bytes // config.parts,
         units=choice.units,
-        memory=forecast_chunked(run, model, choice, feature_bytes),
+        memory=forecast_chunked(run, model, choice, chunks, feature_bytes),
     )
 
 
 def forecast_ranks(run: Run, model: nn.Module, choice: Choice, chunks: ChunkStore) -> Forecast:
     """What the process takes with a split that was compared."""
-    return forecast_chunked(run, model, choice, _share(run, chunks, model)[1])
+    return forecast_chunked(run, model, choice, chunks, _share(run, chunks, model)[1])
 
 
 def compare_ranks(

@@ -10,12 +10,14 @@ cache, so a container may be smaller by that much: sampling is slower then, and 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from penstock.kernels import gather
+from penstock.kernels import gather, partition
 from penstock.kernels.cache import cache_folder
 from penstock.storage.budget import MIB, format_bytes, rss_bytes
 from penstock.storage.errors import DoesNotFit
+
+Mode = Literal["sampled", "chunked"]
 
 PROCESS = "interpreter and libraries"
 TOPOLOGY = "mapped topology"
@@ -26,19 +28,28 @@ _KERNELS = 120 * MIB  # compiled kernels and what loads them, threads, the alloc
 _COMPILING = 70 * MIB  # the first run after an installation compiles them
 PRODUCER = 240 * MIB  # the process that makes rolling windows, which does without torch
 RANK = 420 * MIB  # a rank or replica in a process of its own
+_KERNEL_OF: dict[Mode, tuple[str, Any]] = {  # one that every run of the mode needs, by the name of its file
+    "sampled": ("gather.gather_float32", gather.gather_float32),
+    "chunked": ("partition.collect_edges", partition.collect_edges),
+}
 _DIFFERS_BY = 32  # libraries take some MiB more or less in every process, and predictions err upwards
 STATE_COPIES = 6  # of the weights: they, gradients, two moments, the best so far, and a checkpoint being written
-WAITING_PART = 3  # of full-graph training a third waits so beside what is in use: 23 to 31 % in three runs
+WAITING_PART = 3  # of what ranks allocate anew with every chunk a third waits so at most: 10 to 35 % in seven runs
 WAITING = 2  # times what a step holds: what came back waits in `recycled` and in the allocator for its next use
 
 
-def process_bytes() -> int:
+def unloaded_bytes() -> int:
+    """What modules that training loads will take."""
+    return sum(size for name, size in _MODULES.items() if name not in sys.modules)
+
+
+def process_bytes(mode: Mode = "sampled") -> int:
     """Resident bytes of this process once all is loaded that a run uses, with nothing of the run in it."""
-    later = sum(size for name, size in _MODULES.items() if name not in sys.modules)
-    kernel: Any = gather.gather_float32
+    later = unloaded_bytes()
+    name, kernel = _KERNEL_OF[mode]
     if not getattr(kernel, "overloads", True):
         cache = cache_folder()
-        is_compiled = cache is not None and any(cache.glob("gather.gather_float32*.nbi"))
+        is_compiled = cache is not None and any(cache.glob(f"{name}-*.nbi"))
         later += _KERNELS + (0 if is_compiled else _COMPILING)
     return rss_bytes() + later
 

@@ -94,15 +94,16 @@ class Run:
         trained: Trained | None = None,
         empty_bytes: int | None = None,
         status: Status | None = None,
+        host_bytes: int | None = None,
     ) -> None:
         self.rank, self.replicas, self.trained = rank, replicas, trained
-        self.process_bytes = process_bytes() if empty_bytes is None else empty_bytes
+        self.process_bytes = process_bytes(config.mode) if empty_bytes is None else empty_bytes
         self.config, self.graph, self._show = config, graph, progress
         self.path, self.results = config.run_dir, config.results_dir
         self.timings, self.status = Timings(), status
         self.threads = config.train.threads or num_threads()
         self.stop_requested = stop_requested
-        self.budgets, self.disk_rates = _resolve_machine(config, graph, self.process_bytes)
+        self.budgets, self.disk_rates = _resolve_machine(config, graph, self.process_bytes, host_bytes)
 
     def identity(self, **chosen: Any) -> Keys:
         """What the weights of this run depend on; `chosen` has what `auto` came to, under dotted keys."""
@@ -186,27 +187,33 @@ def initial_model(config: RunConfig, meta: GraphMeta) -> nn.Module:
     return build_model(config.model, meta.num_features, meta.num_classes)
 
 
-def _resolve_machine(config: RunConfig, graph: GraphStore, process_bytes: int) -> tuple[Budgets, DiskRates]:
+def _read_machine(folder: Path) -> dict[str, Any]:
+    """What an earlier verb found in this folder; nothing where there was none."""
+    path = folder / _MACHINE
+    if not path.is_file():
+        return {}
+    remedy = "delete it and run the same command again: what was left open is measured anew"
+    value: dict[str, Any] = read_json(path, remedy, keys=("disk_rates",))
+    return value
+
+
+def _resolve_machine(
+    config: RunConfig, graph: GraphStore, process_bytes: int, host_bytes: int | None
+) -> tuple[Budgets, DiskRates]:
     """Budgets and disk rates of the run. What the user leaves open stays as `machine.json` has it: it follows from what
-    was free when the run began, which is not what is free now, and a resumed run must plan the same.
+    was free when the run began, which is not what is free now, and a resumed run must plan the same. `host_bytes` has
+    been chosen already where it is given.
     """
     path = config.run_dir / _MACHINE
-    there = (
-        read_json(
-            path,
-            "delete it and run the same command again: what was left open is measured anew",
-            keys=("disk_rates",),
-        )
-        if path.is_file()
-        else {}
-    )
+    there = _read_machine(config.run_dir)
     found: dict[str, int] = there.get("found", {})  # budgets that nobody gave
     given, device = config.budgets, torch.device(config.train.device)
     device_bytes = found.get("device_bytes") if given.device_memory is None else given.device_memory
     # who drives ranks on other machines may have no GPU itself
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = torch.cuda.mem_get_info(device)[0] // 2  # the other half is the model's
-    host_bytes = found.get("host_bytes") if given.host_memory is None else None
+    if given.host_memory is None:
+        host_bytes = found.get("host_bytes") or host_bytes
     budgets = default_budgets(
         config.run_dir,
         device_bytes=device_bytes,
@@ -272,16 +279,20 @@ def open_run(
 ) -> Iterator[Run]:
     """Open or make the run folder; where dataset or run are at URIs, work on local copies and mirror the run's.
 
-    InUse where another process has it; ValueError where what was asked for cannot work (before anything is written), or
-    where weights are there that were made of another graph or configuration (saying what differs); without `resume`
-    weights are deleted, with `if_changed` those of something else, with `force` all that is there, or of an experiment
-    its results. FormatError where the dataset is none.
+    InUse where another process has it; ValueError where what was asked for cannot work, DoesNotFit where there is no
+    memory for it (both before anything is written); ValueError, too, where weights are there that were made of another
+    graph or configuration (saying what differs); without `resume` weights are deleted, with `if_changed` those of
+    something else, with `force` all that is there, or of an experiment its results. FormatError where the dataset is
+    none.
     """
     stop = stop_requested or threading.Event()
-    empty_bytes = process_bytes()  # before checks load some of the kernels that it counts as to be loaded
+    empty_bytes = process_bytes(config.mode)  # before checks load some of the kernels that it counts as to be loaded
     with staged_dataset(config, progress, stop):
         graph = open_graph(config.dataset)
         check(config, graph)
+        found = {} if force else _read_machine(config.run_dir).get("found", {})
+        known = config.budgets.host_memory is None and "host_bytes" in found
+        host_bytes = None if known else choose_host_bytes(config, graph, empty_bytes, total_memory())
         config.results_dir.mkdir(parents=True, exist_ok=True)
         with _locked(config.run_dir), held_run(config, stop) as lock:
             if force:
@@ -290,7 +301,16 @@ def open_run(
             config, trained = _take_up(config, graph, resume=resume, if_changed=if_changed)
             write_config(config.results_dir / "config.yaml", config, graph.fingerprint)
             with mirrored_run(config, lock), closing(Status(config.results_dir)) as status:
-                yield Run(config, graph, progress, stop, trained=trained, empty_bytes=empty_bytes, status=status)
+                yield Run(
+                    config,
+                    graph,
+                    progress,
+                    stop,
+                    trained=trained,
+                    empty_bytes=empty_bytes,
+                    host_bytes=host_bytes,
+                    status=status,
+                )
 
 
 def _tell_changed_code(config: RunConfig, trained: Trained, *, if_changed: bool) -> None:

@@ -118,6 +118,17 @@ def test_recomputing_takes_a_forward_more_and_keeps_one_chunk() -> None:
     assert recomputed.makespan_s == stashed.makespan_s + 4 + 1
 
 
+def test_a_backward_pass_holds_gradients_beside_what_was_kept() -> None:
+    layout = Layout(2, 1)
+    costs = replace(
+        uniform_costs(layout, 4),
+        activation_bytes=np.full((2, 4), 100, np.int64),
+        gradient_bytes=np.array([[30] * 4, [50] * 4], np.int64),
+    )
+    assert simulate(plan(layout, 4), layout, costs).peak_bytes == (4 * 100 + 30, 4 * 100 + 50)
+    assert simulate(plan(layout, 4, recompute=True), layout, costs).peak_bytes == (100 + 30, 100 + 50)
+
+
 def test_deferred_weight_gradients_hold_memory_until_they_are_summed() -> None:
     layout = Layout(2, 1)
     costs = replace(uniform_costs(layout, 8), deferred_bytes=np.full((2, 8), 10, np.int64))
