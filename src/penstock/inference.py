@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from penstock.config import RunConfig, load_config
 from penstock.engine.contract import goes_by_layer
@@ -19,14 +21,23 @@ from penstock.engine.outputs import Outputs
 from penstock.engine.products import torch_threads
 from penstock.engine.usersource import differing, sources_of
 from penstock.identity import SOURCE
+from penstock.infer_memory import default_infer_memory, forecast_infer, infer_process_bytes
 from penstock.loader import FeedOrder, open_loader
 from penstock.locations import experiment_place, experiments, local_dataset, local_output, local_run
 from penstock.prepare import sample_config
-from penstock.process_memory import process_bytes
 from penstock.report import read_config
 from penstock.sampler.neighbors import SampleConfig
 from penstock.sampler.plan import PlanConfig
-from penstock.storage.budget import Budgets, Size, default_disk, default_memory, num_threads, parse_bytes, parse_memory
+from penstock.storage.budget import (
+    Budgets,
+    Size,
+    default_disk,
+    num_threads,
+    parse_bytes,
+    parse_memory,
+    peak_rss_bytes,
+    total_memory,
+)
 from penstock.storage.errors import DataError
 from penstock.storage.export import require_parquet_name
 from penstock.storage.graph import GraphStore, SeedSet, open_graph
@@ -117,7 +128,9 @@ def infer(
     DataError where the run has no model, or its graph was replaced and no `dataset` is given, or the graph has other
     features than the model was trained on, or features normalised otherwise, or an earlier release trained the model as
     a function that this one does not compute; ValueError for options without effect, and for a model that does not go
-    layer by layer without `sampled`; DoesNotFit for budgets that are too small.
+    layer by layer without `sampled`; DoesNotFit for budgets that are too small or, of exact outputs before anything is
+    computed, where this container or machine does not hold the process. Of exact outputs the summary has
+    `predicted_peak_bytes`, how large the process becomes, and `peak_rss_bytes`, how large it was.
     """
     require_parquet_name(os.fspath(out))
     if not sampled and (fanouts is not None or disk is not None):
@@ -125,6 +138,7 @@ def infer(
     with shown(progress) as show:
         stage = None if stage_dir is None else Path(stage_dir)
         folder = _open_results(os.fspath(run_dir), experiment, stage)
+        process = infer_process_bytes(read_config(folder / "config.yaml").get("mode", "sampled"))
         trained, graph = _open(folder, None if dataset is None else os.fspath(dataset), stage, show)
         job = _Job(
             run_dir=folder,
@@ -132,18 +146,20 @@ def infer(
             graph=graph,
             outputs=Outputs.from_json(trained.outputs, graph),
             split=split,
-            host_memory=default_memory(process_bytes()) if host_memory is None else parse_memory(host_memory),
+            host_memory=default_infer_memory(process) if host_memory is None else parse_memory(host_memory),
             threads=threads or num_threads(),
             progress=show,
         )
         taken: list[int] | str = "all neighbours"
+        predicted = {} if sampled else {"predicted_peak_bytes": _check_exact(job, process)}
         with local_output(os.fspath(out)) as path:
             if sampled:
                 taken, num_rows = _write_sampled(job, path, fanouts, None if disk is None else parse_bytes(disk))
             else:
                 num_rows = _write_exact(job, path)
             columns = pq.read_schema(path).names
-        return {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": taken, "columns": columns}
+        found = {"rows": num_rows, "file": str(out), "graph": str(graph.path), "fanouts": taken, "columns": columns}
+        return found | ({} if sampled else {**predicted, "peak_rss_bytes": peak_rss_bytes()})
 
 
 def _open(
@@ -185,6 +201,17 @@ def _tell_changed_code(trained: TrainedModel, run_dir: Path) -> None:
         )
 
 
+def _nodes(job: _Job) -> NDArray[np.int64] | None:
+    return None if job.split == "all" else job.graph.split_ids(job.split)
+
+
+def _check_exact(job: _Job, process: int) -> int:
+    """How large the process becomes; DoesNotFit where that is too large."""
+    memory = forecast_infer(process, job.trained.model, job.graph, job.host_memory, _nodes(job))
+    memory.check(job.host_memory, total_memory())
+    return memory.num_bytes
+
+
 def _write_exact(job: _Job, path: Path) -> int:
     return infer_to_parquet(
         job.trained.model,
@@ -193,7 +220,7 @@ def _write_exact(job: _Job, path: Path) -> int:
         job.run_dir / "exact" / "infer",
         host_memory=job.host_memory,
         threads=job.threads,
-        nodes=None if job.split == "all" else job.graph.split_ids(job.split),
+        nodes=_nodes(job),
         outputs=job.outputs,
         progress=job.progress,
     )

@@ -174,4 +174,5 @@ def run_infer(
     if quiet:
         print(json.dumps(found))
     else:
-        print_table(str(out), [(name.replace("_", " "), str(value)) for name, value in found.items()])
+        shown = {name: format_bytes(value) if name.endswith("_bytes") else value for name, value in found.items()}
+        print_table(str(out), [(name.removesuffix("_bytes").replace("_", " "), str(shown[name])) for name in shown])
