@@ -78,6 +78,7 @@ def run(*, scale: float, repeats: int, folder: Path) -> Iterator[dict[str, Any]]
         "rolling": (True, (*_SAMPLED, "--epochs", "6", "--pack-mode", "rolling", *double)),  # both processes at work
         "wide": (True, (*_SAMPLED, "--epochs", "1", "--hidden", "512", "--batch-size", "1024", *double)),
         "gat": (True, (*_SAMPLED, "--epochs", "1", "--model", "gat", *double)),
+        "in_memory": (True, (*_SAMPLED, "--epochs", "1", "--set", "feed=memory", *double)),
         "exact_evaluation": (True, (*_SAMPLED, "--epochs", "1", "--set", "evaluate.mode=exact", *large)),
         "full_graph": (False, (*_FULL, *large)),
         "full_graph_recomputed": (False, (*_FULL, "--set", "chunked.recompute=always", *large)),

@@ -199,6 +199,11 @@ def make_slots(meta: PackSetMeta, host_memory: int) -> list[Slot]:
     return [Slot(meta.max_extent_bytes, limit=room // count) for _ in range(count)]
 
 
+def batches_bytes(max_inputs: int, width: int, payload_bytes: int) -> int:
+    """What two batches take: features [max_inputs, width] in float32, and payloads."""
+    return 2 * (max_inputs * width * 4 + int(payload_bytes * GROWTH))
+
+
 def feed_peak_bytes(
     *,
     host_slots: int,
@@ -217,7 +222,7 @@ def feed_peak_bytes(
     return {
         "host tier": host_slots * row_bytes,
         "extents": count * max_extent_bytes,
-        "batches": 2 * (max_inputs * width * 4 + int(payload_bytes * GROWTH)),
+        "batches": batches_bytes(max_inputs, width, payload_bytes),
     }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from penstock.engine.chunked.estimate import Choice
 from penstock.engine.exact import exact_peak_bytes
-from penstock.process_memory import PROCESS, RANK, WAITING_PART, Forecast, Phase, unloaded_bytes
+from penstock.process_memory import PROCESS, RANK, WAITING_PART, Forecast, Phase
 from penstock.run import Run
 from penstock.sampler.chunking.metis import metis_peak_bytes
 from penstock.storage.budget import peak_rss_bytes
@@ -18,7 +18,7 @@ from penstock.storage.chunks import ChunkStore
 
 def _cut(run: Run, chunks: ChunkStore) -> list[Phase]:
     """Cutting and profiling are done, and so measured; METIS is in a process beside this one."""
-    process, so_far = run.process_bytes - unloaded_bytes(), peak_rss_bytes()
+    process, so_far = run.untrained_bytes, peak_rss_bytes()
     measured = {PROCESS: min(process, so_far), "cutting and profiling": max(0, so_far - process)}
     phases = [Phase(name="cut", parts=measured)]
     if chunks.meta.method == "metis":

@@ -3,15 +3,27 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.prefetch import Feed, FeedStats
-from penstock.prepare import Prepared, claim_split, deal_of, does_not_fit, sample_split, sampling_of, train_budgets
+from penstock.prepare import (
+    Prepared,
+    claim_split,
+    deal_of,
+    does_not_fit,
+    own_splits,
+    read_planned,
+    sample_split,
+    sampling_of,
+    train_budgets,
+)
 from penstock.run import Run
+from penstock.sampled_memory import forecast_in_memory
 from penstock.sampler.producer import start_producer
 from penstock.sampler.sizing import ROLLING_SHARE
+from penstock.storage.budget import total_memory, trim_heap
 from penstock.storage.errors import DoesNotFit, Outgrown
 
 P = ParamSpec("P")
@@ -21,11 +33,15 @@ OpenSteps = Callable[[int, int], AbstractContextManager[Feed]]
 
 @dataclass(slots=True)
 class TrainFeed:
-    """What the trainer asks for steps; `opened` is the last feed that it was given, for its statistics."""
+    """What the trainer asks for steps; `opened` is the last feed that it was given, for its statistics.
+
+    `memory` is what the process was predicted to take, see `Forecast.to_json`.
+    """
 
     items_per_epoch: int
     open_steps: OpenSteps
     prepared: Prepared | None = None
+    memory: dict[str, Any] | None = None
     opened: Feed | None = None
 
     def stats(self) -> FeedStats | None:
@@ -47,6 +63,9 @@ class TrainFeed:
 def _from_memory(run: Run) -> TrainFeed:
     claim_split(run, "train")
     trace = sample_split(run, "train")
+    planned = {split: read_planned(run, split) for split in own_splits(run)}
+    forecast = forecast_in_memory(run, trace, planned)
+    forecast.check(run.budgets.host_bytes, total_memory())
 
     def open_steps(start_step: int, stop_step: int) -> Feed:
         return open_memory_feed(
@@ -59,7 +78,9 @@ def _from_memory(run: Run) -> TrainFeed:
             threads=run.threads,
         )
 
-    return TrainFeed(items_per_epoch=trace.meta.items_per_epoch, open_steps=open_steps)
+    run.graph.drop_mapped()  # sampling has read it all
+    trim_heap()
+    return TrainFeed(trace.meta.items_per_epoch, open_steps, memory=forecast.to_json())
 
 
 def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
@@ -74,7 +95,7 @@ def _from_packs(run: Run, prepared: Prepared) -> TrainFeed:
             threads=run.threads,
         )
 
-    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
+    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared, prepared.memory)
 
 
 def _with_budgets_of(run: Run, function: Callable[P, T]) -> Callable[P, T]:
@@ -124,7 +145,7 @@ def _from_producer(run: Run, prepared: Prepared) -> TrainFeed:
         ):
             yield feed
 
-    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared)
+    return TrainFeed(prepared.summary.items_per_epoch, open_steps, prepared, prepared.memory)
 
 
 def open_train_feed(run: Run, prepared: Prepared | None) -> TrainFeed:

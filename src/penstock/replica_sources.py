@@ -180,10 +180,10 @@ class OwnPacks:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """The plan, and the seconds of every step of preparing."""
+        """The plan, the seconds of every step of preparing, and what the process was predicted to take."""
         prepared = self._packs.get("train")
         plan = {} if prepared is None else {"plan": asdict(prepared.summary)}
-        return {"prepared": dict(self._run.timings.spent), **plan}
+        return {"prepared": dict(self._run.timings.spent), "memory": self._feed.memory, **plan}
 
 
 @contextmanager

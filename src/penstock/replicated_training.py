@@ -21,6 +21,7 @@ from penstock.observation import Observation
 from penstock.replica import OPEN_REPLICA, ReplicaReport
 from penstock.replicated import Place, Replicated, train_replicas
 from penstock.run import Run
+from penstock.sampled_memory import forecast_replicas
 from penstock.storage.budget import num_threads
 from penstock.timings import timings_section
 
@@ -86,6 +87,15 @@ def _rank_section(report: ReplicaReport, host: str) -> dict[str, Any]:
     return {**value, **report.facts, "host": host}
 
 
+def _memory(run: Run, reports: Sequence[ReplicaReport]) -> dict[str, Any] | None:
+    """What all processes of this machine were predicted to take; elsewhere each replica has a machine of its own, and
+    with feeders nobody knows it."""
+    known = [report.facts["memory"] for report in reports if report.facts.get("memory")]
+    if run.config.cluster.address is not None or not known or len(known) < len(reports):
+        return None
+    return forecast_replicas(run, known).to_json()
+
+
 def _metrics(run: Run, found: Replicated) -> dict[str, Any]:
     trained = found.trained
     values = {key: value for split, m in found.final.items() for key, value in m.to_json(f"{split}_").items()}
@@ -138,6 +148,7 @@ def train_replicated(run: Run, watch: Observation) -> dict[str, Any]:
         "throughput": {"items_per_s": trained.items_per_s, "seeds_per_s": trained.seeds_per_s},
         "bytes_read": sum(report.feed.bytes_read for report in reports if report.feed is not None),
         "resumed_from": trained.resumed_from,
+        "memory": _memory(run, reports),
         "restarts": found.restarts,
         "straggler": None if (slow := watch.stragglers.find()) is None else slow.to_json(),
         "feeders": [{key: value for key, value in feeder.items() if key != "graph"} for feeder in found.feeders],

@@ -53,7 +53,7 @@ from penstock.identity import (
     settle,
 )
 from penstock.preflight import check, has_labels
-from penstock.process_memory import process_bytes
+from penstock.process_memory import process_bytes, unloaded_bytes
 from penstock.remote_run import bring_back, held_run, mirrored_run, staged_dataset
 from penstock.report import write_config
 from penstock.sampler.estimate import DiskRates
@@ -98,6 +98,7 @@ class Run:
     ) -> None:
         self.rank, self.replicas, self.trained = rank, replicas, trained
         self.process_bytes = process_bytes(config.mode) if empty_bytes is None else empty_bytes
+        self.untrained_bytes = self.process_bytes - unloaded_bytes()  # before training loads what it needs
         self.config, self.graph, self._show = config, graph, progress
         self.path, self.results = config.run_dir, config.results_dir
         self.timings, self.status = Timings(), status

@@ -18,6 +18,7 @@ from penstock.process_memory import forecast_rows
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model, open_run
 from penstock.run_options import parse_fanouts
+from penstock.sampled_memory import forecast_replicas
 from penstock.sampler.estimate import summary_rows
 from penstock.stopping import stop_on_signals
 from penstock.storage.budget import format_bytes
@@ -56,6 +57,9 @@ def run_plan(config: RunConfig, *, force: bool, as_json: bool, quiet: bool) -> N
         whose = "" if replicas == 1 else f", replica 0 of 0..{replicas - 1}"
         rows = summary_rows(summary, kept_bytes=kept_bytes) + (forecast_rows(memory) if memory else [])
         print_table(f"plan of {config.run_dir}{whose}", rows)
+        if replicas > 1 and memory and config.cluster.address is None:
+            together = forecast_replicas(run, [memory] * replicas).to_json()
+            print_table("all replicas, which are processes of this machine", forecast_rows(together))
 
 
 def _first_replica(run: Run) -> Run:

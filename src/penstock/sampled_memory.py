@@ -4,7 +4,7 @@ The largest item of a split is known once it is sampled; from it follow the buff
 step computes. Sampling and planning are done by then: what they took is measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from penstock.engine.activations import BlockSizes, step_bytes
 from penstock.engine.exact import exact_peak_bytes
-from penstock.engine.feed import feed_peak_bytes
+from penstock.engine.feed import batches_bytes, feed_peak_bytes
 from penstock.process_memory import PROCESS, PRODUCER, STATE_COPIES, TOPOLOGY, WAITING, Forecast, Phase
 from penstock.run import Run, make_model
 from penstock.sampler.estimate import PlanSummary
@@ -21,6 +21,7 @@ from penstock.sampler.footprint import topology_bytes
 from penstock.sampler.sizing import ROLLING_MARGIN, ROLLING_SHARE
 from penstock.storage.budget import peak_rss_bytes
 from penstock.storage.graph import Split
+from penstock.storage.rows import RowFormat
 from penstock.storage.trace import Trace
 
 
@@ -84,18 +85,18 @@ class _Sizes:
             rolling=rolling,
         )
 
-    def step(self, split: Split) -> int:
+    def step(self, largest: LargestItem, *, train: bool) -> int:
         """What computing on the largest item holds on the host; gradients are of training."""
         if torch.device(self.run.config.train.device).type != "cpu":
             return 0
-        meta, blocks = self.run.graph.meta, self.splits[split].largest.blocks
+        meta = self.run.graph.meta
         return step_bytes(
             self.model,
-            blocks,
+            largest.blocks,
             meta.num_features,
             meta.num_classes,
             multi_label=meta.multi_label,
-            train=split == "train",
+            train=train,
             num_weights=meta.has_edge_weights * (1 + self.run.config.sampler.weighted),
         )
 
@@ -107,7 +108,8 @@ class _Sizes:
             return {"exact evaluation": exact_peak_bytes(self.model, run.graph, run.evaluation_bytes, targets)}
         known = [split for split in run.evaluated_splits if split in self.splits]
         feeds = {split: sum(self.feed(split, run.evaluation_bytes).values()) for split in known}
-        return {"evaluation": max((feeds[split] + self.step(split) for split in known), default=0)}
+        steps = {split: self.step(self.splits[split].largest, train=False) for split in known}
+        return {"evaluation": max((feeds[split] + steps[split] for split in known), default=0)}
 
     def producer(self) -> int:
         """The process that makes rolling windows: it maps the topology too, and has its share of the budget."""
@@ -116,21 +118,49 @@ class _Sizes:
         return PRODUCER + topology_bytes(self.run.graph) + max(share, planning)
 
 
-def forecast_sampled(run: Run, splits: Mapping[Split, PlannedSplit], packing: int) -> Forecast:
-    """Predict the process from the plans of all its splits; `packing` is what the packer holds."""
-    sizes, mapped, so_far = _Sizes(run, splits), topology_bytes(run.graph), peak_rss_bytes()
-    mapped = min(mapped, so_far)
+def _prepared(run: Run) -> Phase:
+    """Sampling and planning, which are done."""
+    so_far = peak_rss_bytes()
+    mapped = min(topology_bytes(run.graph), so_far)
     process = min(run.process_bytes, so_far - mapped)
     scratch = so_far - mapped - process
-    prepare = {PROCESS: process, TOPOLOGY: mapped, "sampling and planning": scratch}
+    parts = {PROCESS: process, TOPOLOGY: mapped, "sampling and planning": scratch}
+    return Phase(name="prepare", parts=parts, budgeted=scratch)
+
+
+def forecast_in_memory(run: Run, trace: Trace, splits: Mapping[Split, PlannedSplit]) -> Forecast:
+    """Predict the process that trains on `trace` with the whole feature table in memory; `splits` are evaluated."""
+    sizes, largest, meta = _Sizes(run, splits), largest_item(trace), run.graph.meta
+    row_format = RowFormat(dtype=run.config.plan.row_dtype or meta.feature_dtype, width=meta.num_features)
+    max_inputs = max((max(window.index.num_inputs) for window in trace.windows()), default=0)
+    train = {
+        PROCESS: run.process_bytes,
+        "feature table": run.graph.num_nodes * row_format.row_bytes,
+        "batches": batches_bytes(max_inputs, row_format.width, largest.payload_bytes),
+        "weights and optimizer": sizes.weights(),
+        "activations": WAITING * sizes.step(largest, train=True),
+    }
+    return Forecast(phases=(_prepared(run), Phase(name="train", parts=train | sizes.evaluation())))
+
+
+def forecast_replicas(run: Run, replicas: Sequence[Mapping[str, Any]]) -> Forecast:
+    """The driver and its replicas, which are processes beside it; of each what it predicted for itself."""
+    parts = {"driver": run.untrained_bytes}
+    parts["replicas"] = sum(int(memory["predicted_peak_bytes"]) for memory in replicas)
+    return Forecast(phases=(Phase(name="train", parts=parts),))
+
+
+def forecast_sampled(run: Run, splits: Mapping[Split, PlannedSplit], packing: int) -> Forecast:
+    """Predict the process from the plans of all its splits; `packing` is what the packer holds."""
+    sizes = _Sizes(run, splits)
     feed = sizes.feed("train", run.train_host_bytes)
     train = {PROCESS: run.process_bytes, **feed, "weights and optimizer": sizes.weights()}
-    train |= {"activations": WAITING * sizes.step("train"), **sizes.evaluation()}
+    train |= {"activations": WAITING * sizes.step(splits["train"].largest, train=True), **sizes.evaluation()}
     if splits["train"].summary.mode == "rolling":
         train["producer"] = sizes.producer()
     return Forecast(
         phases=(
-            Phase(name="prepare", parts=prepare, budgeted=scratch),
+            _prepared(run),
             Phase(name="pack", parts={PROCESS: run.process_bytes, "packing": packing}, budgeted=packing),
             Phase(name="train", parts=train, budgeted=sum(feed.values())),
         )

@@ -136,7 +136,7 @@ def _movement(feed: TrainFeed, stall_s: float) -> dict[str, Any]:
         "hit_rates": stats.hit_rates,
         "stalls": {"stall_s": stall_s, "read_s": stats.read_s, "assemble_s": stats.assemble_s},
         "plan": None if summary is None else asdict(summary),
-        "memory": None if feed.prepared is None else feed.prepared.memory,
+        "memory": feed.memory,
         "row_error": None if error is None else asdict(error),
     }
 
