@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from penstock.disk_rates import measure_anew
 from penstock.display import print_table
 from penstock.kernels import cache
 from penstock.machine import package_version
+from penstock.planned import planned_memory
 from penstock.process_memory import forecast_rows, process_bytes
 from penstock.storage.budget import (
     available_memory,
@@ -25,7 +25,6 @@ from penstock.storage.budget import (
 )
 from penstock.storage.directio import PAGE, DirectFile, aligned_buffer
 from penstock.storage.extras import install_command
-from penstock.storage.manifest import read_json
 
 Finding = tuple[str, str, str]  # name, value, what to do (empty: nothing)
 
@@ -47,15 +46,6 @@ def _disk(folder: Path) -> Iterator[Finding]:
     yield "free disk", format_bytes(free), "" if free > 10 << 30 else "packs need room; see penstock plan"
 
 
-def _run_memory(folder: Path) -> dict[str, Any] | None:
-    """What was predicted for the run in the folder, where there is one that was planned."""
-    for path in (folder / "train" / "plan.json", folder / "plan.json"):
-        if path.is_file():
-            found: dict[str, Any] | None = read_json(path).get("memory")
-            return found
-    return None
-
-
 def _memory(folder: Path) -> Iterator[Finding]:
     total, free = total_memory(), available_memory()
     yield "memory of the container", format_bytes(total), ""
@@ -69,7 +59,7 @@ def _memory(folder: Path) -> Iterator[Finding]:
         "" if left > 0 else "no room for data; use a larger container",
     )
     yield "left for model and --host-memory", format_bytes(max(0, left)), ""
-    memory = _run_memory(folder)
+    memory = planned_memory(folder)
     if memory is not None:
         peak = int(memory["predicted_peak_bytes"])
         remedy = "" if peak <= total else "give it a larger container, or plan with less --host-memory"

@@ -41,7 +41,8 @@ class KubernetesOptions:
     gpus: int | None = None
     "GPUs per pod that trains. Default: 1 (Ray: for each replica in it) where train.device is cuda."
     memory: str | None = None
-    "Memory per pod. Default, for each replica in it: budgets.host_memory, a quarter more and 2 GiB; else 16GiB."
+    """Memory per pod. Default: what `penstock plan` predicted in the run folder for one process on the CPU; else, for
+    each replica in it: budgets.host_memory, a quarter more and 2 GiB; else 16GiB."""
     scratch_size: str | None = None
     "Disk per pod for packs, copies and run. Default, for each replica in it: budgets.disk and a quarter; else 100GiB."
     storage_class: str | None = None

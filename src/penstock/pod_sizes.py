@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 from penstock.config import RunConfig
 from penstock.launch_options import KubernetesOptions
+from penstock.planned import planned_memory
 from penstock.portable import spans_ray
-from penstock.storage.budget import GIB, parse_bytes
+from penstock.storage.budget import GIB, MIB, parse_bytes
+from penstock.storage.manifest import read_json
 
 _PROCESS_BYTES = 2 * GIB  # beside the budget
 _HEAD_BYTES = 8 * GIB  # Ray's own processes, and a driver that maps the graph
@@ -47,13 +49,24 @@ def pod_sizes(config: RunConfig, options: KubernetesOptions) -> Sizes:
     )
 
 
+def _planned_bytes(config: RunConfig) -> int | None:
+    """Whole MiB that `penstock plan` predicted for one process on the CPU with the budget that is given now; None where
+    the run folder does not say."""
+    host, found = config.budgets.host_memory, planned_memory(config.run_dir)
+    alone = config.cluster.replicas == 1 and not config.train.device.startswith("cuda")
+    if host is None or found is None or not alone:
+        return None
+    planned_with = read_json(config.run_dir / "machine.json", keys=("budgets",))["budgets"]["host_bytes"]
+    return -(-int(found["predicted_peak_bytes"]) // MIB) * MIB if planned_with == host else None
+
+
 def _one_pod(config: RunConfig) -> Sizes:
-    """Budgets with room for Python, torch, the model, and page tables, in one process."""
+    """What was planned, or else budgets with room for Python, torch, the model, and page tables, in one process."""
     host, disk = config.budgets.host_memory, config.budgets.disk
     return Sizes(
         cpus=config.train.threads or 4,
         gpus=1,
-        memory_bytes=16 * GIB if host is None else host + host // 4 + _PROCESS_BYTES,
+        memory_bytes=_planned_bytes(config) or (16 * GIB if host is None else host + host // 4 + _PROCESS_BYTES),
         scratch_bytes=100 * GIB if disk is None else disk + disk // 4,
     )
 

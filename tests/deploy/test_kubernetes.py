@@ -174,6 +174,23 @@ def test_sizes_follow_the_configuration() -> None:
     assert claim["resources"]["requests"]["storage"] == "100Gi" and claim["storageClassName"] == "nvme"
 
 
+def test_a_pod_is_as_large_as_its_run_was_planned(tmp_path: Path) -> None:
+    memory = {"predicted_peak_bytes": 700 * 1024**2 - 5, "phase": "train", "components": {}, "phases": {}}
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "plan.json").write_text(json.dumps({"memory": memory}))
+    (tmp_path / "machine.json").write_text(json.dumps({"budgets": {"host_bytes": 256 * 1024**2}, "disk_rates": {}}))
+
+    def limit(**flags: Any) -> int:
+        flags = {"run_dir": str(tmp_path), "dataset": str(tmp_path / "graph"), "train__device": "cpu", **flags}
+        job = rendered(KubernetesOptions(kind="job", volume=[f"runs:{tmp_path}"]), **flags)["Job"]
+        found = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return int(normal(found)["memory"])
+
+    assert limit(budgets__host_memory="256MiB") == 700
+    assert limit(budgets__host_memory="512MiB") == 512 + 128 + 2048  # another run than was planned
+    assert limit(budgets__host_memory="256MiB", train__device="cuda") == 256 + 64 + 2048
+
+
 @pytest.mark.parametrize(
     ("options", "times"),
     [
