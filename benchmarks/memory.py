@@ -50,9 +50,8 @@ def tree_rss_bytes(process: psutil.Process) -> int:
 def measure_run(arguments: list[str], run_dir: Path) -> tuple[int, dict[str, Any]]:
     """Run `penstock train`; returns the largest resident size of its processes, and its `result.json`."""
     command = [sys.executable, "-m", "penstock", "train", *arguments, "--run-dir", str(run_dir), "--quiet"]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    process, peak = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), 0  # records alone on stdout
-    with process:
+    environment, peak = {**os.environ, "PYTHONSAFEPATH": "1"}, 0
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:  # our stdout is for results
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, tree_rss_bytes(tree))

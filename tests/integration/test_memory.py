@@ -159,12 +159,38 @@ def test_a_run_stays_below_what_plan_predicts(graph: GraphStore, tmp_path: Path)
         ["--pack-mode", "rolling"],
         ["--set", "evaluate.mode=exact"],
         ["--mode", "chunked", "--layers", "2", "--chunks", "4"],
+        ["--mode", "chunked", "--layers", "3", "--chunks", "8", "--stages", "2", "--set", "chunked.recompute=always"],
     ],
 )
 def test_other_runs_stay_below_it_too(graph: GraphStore, tmp_path: Path, options: list[str]) -> None:
     arguments = [str(graph.path), "--epochs", "1", "--host-memory", "640MiB", *options]
     measured, result = measure_run(arguments, tmp_path / "run")
     assert 0.9 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--set", "feed=memory"], ["--replicas", "2"]])
+def test_runs_without_a_plan_of_their_own_are_predicted(graph: GraphStore, tmp_path: Path, options: list[str]) -> None:
+    measured, result = measure_run(
+        [str(graph.path), "--epochs", "1", "--host-memory", "64MiB", *options], tmp_path / "run"
+    )
+    assert 0.8 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
+
+
+def _infer(run_dir: Path, out: Path, host_memory: int) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "penstock", "infer", str(run_dir), str(out), "--host-memory", str(host_memory)]
+    return subprocess.run([*command, "--quiet"], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_infer_says_what_it_takes_and_stays_below(graph: GraphStore, tmp_path: Path) -> None:
+    _, result = measure_run([str(graph.path), "--epochs", "1", "--host-memory", "64MiB"], tmp_path / "run")
+    assert result["status"] == "ok"
+    found = json.loads(_infer(tmp_path / "run", tmp_path / "out.parquet", 128 * MIB).stdout)
+    assert 0.8 <= found["peak_rss_bytes"] / found["predicted_peak_bytes"] <= 1
+    refused = _infer(tmp_path / "run", tmp_path / "again.parquet", MIB)
+    assert refused.returncode == 4 and "use --host-memory" in refused.stderr
+    assert not (tmp_path / "again.parquet").exists()
 
 
 @pytest.mark.slow
