@@ -163,8 +163,16 @@ def test_a_run_stays_below_what_plan_predicts(graph: GraphStore, tmp_path: Path)
     ],
 )
 def test_other_runs_stay_below_it_too(graph: GraphStore, tmp_path: Path, options: list[str]) -> None:
-    arguments = [str(graph.path), "--epochs", "1", "--host-memory", "640MiB", *options]
+    arguments = [str(graph.path), "--epochs", "1", "--host-memory", "1GiB", *options]
     measured, result = measure_run(arguments, tmp_path / "run")
+    assert 0.7 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
+
+
+@pytest.mark.slow
+def test_full_graph_training_is_within_a_tenth(tmp_path: Path) -> None:
+    graph = generate_graph(tmp_path / "graph", GenerateConfig(num_nodes=16_000, num_features=64, avg_degree=16))
+    shape = ["--mode", "chunked", "--layers", "3", "--hidden", "64", "--chunks", "8", "--stages", "2", "--epochs", "2"]
+    measured, result = measure_run([str(graph.path), *shape, "--host-memory", "1GiB"], tmp_path / "run")
     assert 0.9 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
 
 
@@ -172,9 +180,9 @@ def test_other_runs_stay_below_it_too(graph: GraphStore, tmp_path: Path, options
 @pytest.mark.parametrize("options", [["--set", "feed=memory"], ["--replicas", "2"]])
 def test_runs_without_a_plan_of_their_own_are_predicted(graph: GraphStore, tmp_path: Path, options: list[str]) -> None:
     measured, result = measure_run(
-        [str(graph.path), "--epochs", "1", "--host-memory", "64MiB", *options], tmp_path / "run"
+        [str(graph.path), "--epochs", "1", "--host-memory", "640MiB", *options], tmp_path / "run"
     )
-    assert 0.8 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
+    assert 0.7 <= measured / result["memory"]["predicted_peak_bytes"] <= 1
 
 
 def _infer(run_dir: Path, out: Path, host_memory: int) -> "subprocess.CompletedProcess[str]":
@@ -184,10 +192,10 @@ def _infer(run_dir: Path, out: Path, host_memory: int) -> "subprocess.CompletedP
 
 @pytest.mark.slow
 def test_infer_says_what_it_takes_and_stays_below(graph: GraphStore, tmp_path: Path) -> None:
-    _, result = measure_run([str(graph.path), "--epochs", "1", "--host-memory", "64MiB"], tmp_path / "run")
+    _, result = measure_run([str(graph.path), "--epochs", "1", "--host-memory", "640MiB"], tmp_path / "run")
     assert result["status"] == "ok"
     found = json.loads(_infer(tmp_path / "run", tmp_path / "out.parquet", 128 * MIB).stdout)
-    assert 0.8 <= found["peak_rss_bytes"] / found["predicted_peak_bytes"] <= 1
+    assert 0.7 <= found["peak_rss_bytes"] / found["predicted_peak_bytes"] <= 1
     refused = _infer(tmp_path / "run", tmp_path / "again.parquet", MIB)
     assert refused.returncode == 4 and "use --host-memory" in refused.stderr
     assert not (tmp_path / "again.parquet").exists()
