@@ -35,6 +35,8 @@ _PEERS: dict[Peer, str] = {
 
 def read_accesses(path: Path, folder: Path, *, num_rows: int | None = None) -> Trace:
     """Make a trace of a Parquet table with columns `item` and `row`; DataError where it is none."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; check the path")
     try:
         table = pq.read_table(path, columns=["item", "row"])
     except (OSError, pa.ArrowException) as error:

@@ -133,11 +133,18 @@ class MiniBatch:
             _map_tensors(block, lambda tensor: _record(tensor, stream))
 
     def to_dgl(self) -> tuple[Tensor, Tensor, list[Any]]:
-        """As DGL's loader yields it: input nodes, output nodes, blocks; see `adapters.to_dgl`."""
+        """As DGL's loader yields it: input nodes, output nodes, blocks.
+
+        `blocks[0].srcdata["feat"]` and `blocks[-1].dstdata["label"]` are set, `dgl.NID` on both sides of every block.
+        """
         return to_dgl(self)
 
     def to_pyg(self) -> Any:
-        """As PyG's `NeighborLoader` yields it; see `adapters.to_pyg`."""
+        """As PyG's `NeighborLoader` yields it, a `Data`.
+
+        `x`, `edge_index` int64 [2, E], `n_id`, `y` (of the seeds, which come first), `batch_size`, `num_sampled_nodes`
+        and `num_sampled_edges` for `trim_to_layer`; `edge_weight` where the graph has weights.
+        """
         return to_pyg(self)
 
 

@@ -2,7 +2,7 @@
 
 Here neighbours are mixed by a learned gate between their mean and their maximum. On a dataset of yours:
 
-    penstock train DATASET --set model.kind=custom --set model.module=custom_module:GatedNet
+    penstock train DATASET --run-dir RUN --set model.kind=custom --set model.module=custom_module:GatedNet
 """
 
 from collections.abc import Sequence

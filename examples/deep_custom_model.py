@@ -2,7 +2,8 @@
 
 Such a model trains on samples, as here, and on the whole graph chunk by chunk, because its parts can be run one by one:
 
-    penstock train DATASET --set model.kind=custom --set model.module=deep_custom_model:DeepNet
+    penstock train DATASET --run-dir RUN --fanouts 5,5,5,5 --set model.kind=custom \
+        --set model.module=deep_custom_model:DeepNet
 
 `layers` are called `(block, x)`, x with a row per source of the block. Dropout is `NodeDropout`, called `(block, x)`
 too: what a node loses then does not depend on how the graph is cut. `LayeredModel` makes `forward` of the parts.

@@ -40,7 +40,7 @@ def no_room(found: TooLarge, host_memory: int) -> DoesNotFit:
     needed = 8 * found.num_bytes // 3 + 4096
     return DoesNotFit(
         f"sampling item {found.index} takes up to {found.num_bytes} bytes, its nodes have so many neighbours; it got "
-        f"{host_memory} bytes of host memory, use {needed} or more, a smaller batch size or a fanout in place of -1",
+        f"{host_memory} bytes of host memory, use {needed} or more, a smaller batch size or smaller fanouts",
         host_bytes=needed,
     )
 

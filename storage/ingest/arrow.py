@@ -189,7 +189,10 @@ def read_splits(where: str, first_row: int, name: str, column: pa.Array) -> NDAr
     if pt.is_null(column.type):
         return np.full(len(column), -1, np.int8)
     if not is_text(column.type):
-        raise DataError(f"{where}: {name} is of type {column.type}; give {sorted(_SPLIT_NAMES)}")
+        raise DataError(
+            f"{where}: {name} is of type {column.type}; give train, valid, test or none as text, or masks in columns "
+            "of their own, called train_mask, valid_mask and test_mask"
+        )
     column = texts(where, name, column)
     encoded = column.dictionary_encode()
     names = [str(text).strip().lower() for text in encoded.dictionary.to_pylist()]

@@ -41,7 +41,7 @@ class IngestOptions(BaseModel):
     label_column: str = "label"
     """Integers 0..C-1, null or -1 for unknown, or lists of 0 and 1."""
     split_column: str = "split"
-    """train, valid (val, validation), test, none or null; without it masks, as train_mask."""
+    """train, valid (val, validation), test, none or null; without it masks: train_mask, valid_mask, test_mask."""
     src_column: str = "src"
     """Source of an edge."""
     dst_column: str = "dst"

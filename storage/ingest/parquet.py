@@ -51,6 +51,7 @@ class ParquetSource:
             self._edges.has(getattr(options, option), wanted=True, option=option)
         self.num_nodes, self.num_edges = self._nodes.num_rows, self._edges.num_rows
         self._has_ids = self._optional("id_column")
+        self._check_ids_of_edges()
         self.has_labels, self._has_split = self._optional("label_column"), self._optional("split_column")
         self._masks = {} if self._has_split else find_split_names(self._nodes.types, "mask")
         self.has_weights = self._edges.has(options.weight_column, wanted="weight_column" in options.model_fields_set)
@@ -68,6 +69,17 @@ class ParquetSource:
 
     def _optional(self, option: str) -> bool:
         return self._nodes.has(getattr(self._options, option), wanted=option in self._options.model_fields_set)
+
+    def _check_ids_of_edges(self) -> None:
+        """Edges that hold strings want a column of ids, which may have another name."""
+        ends = (self._options.src_column, self._options.dst_column)
+        names = [name for name in ends if is_text(self._edges.types[name])]
+        if names and not self._has_ids:
+            raise DataError(
+                f"the node table has no column {self._options.id_column!r}, so its nodes are numbered by row, and "
+                f"{' and '.join(names)} of the edge table hold strings; name the column of ids with "
+                f"--set id_column=...; the node table has {[*self._nodes.types]}"
+            )
 
     def _feature_columns(self) -> list[str]:
         options, names = self._options, self._nodes.types
@@ -98,8 +110,13 @@ class ParquetSource:
         return width
 
     def _name_unused(self) -> None:
-        """Say once what is in the tables and goes nowhere: edge features, types and times among it."""
+        """Say once that labels lack, and what goes nowhere: edge features, types and times among it."""
         options = self._options
+        if not self.has_labels:
+            logger.warning(
+                "no node has a label: the node table has no column %r; name yours with --set label_column=...",
+                options.label_column,
+            )
         used = {*self._features, options.id_column, options.label_column, options.split_column, *self._masks.values()}
         unused = {
             self._nodes.kind: self._nodes.unused(used),

@@ -121,6 +121,8 @@ def test_a_table_of_accesses_is_checked(tmp_path: Path) -> None:
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         with pytest.raises(DataError, match=message):
             read_accesses(tmp_path / "a.parquet", tmp_path / "trace")
+    with pytest.raises(DataError, match="none.parquet does not exist"):
+        read_accesses(tmp_path / "none.parquet", tmp_path / "trace")
 
 
 def test_options_of_other_benches_and_two_forms_are_refused(call: Called) -> None:

@@ -139,7 +139,10 @@ def test_ids_of_any_type(tmp_path: Path, kind: str) -> None:
         ({"feature": ["x"] * N}, "feature column 'feature' is of type string"),
         ({"label": pa.array([0] * N, pa.timestamp("s"))}, "label is of type timestamp"),
         ({"label": pa.array([[], None] * 3, pa.list_(pa.int8()))}, "every list of label is null or empty"),
-        ({"split": pa.array([0, 1, 2] * 2)}, "split is of type int64; give"),
+        (
+            {"split": pa.array([0, 1, 2] * 2)},
+            "split is of type int64; give train, .* called train_mask, valid_mask and test_mask",
+        ),
         ({"split": ["train", "dev"] * 3}, "row 1: split='dev'; give train, valid, test or none"),
     ],
 )
@@ -314,3 +317,17 @@ def test_unused_columns_are_named_once(tmp_path: Path, caplog: pytest.LogCapture
         run(tmp_path, node_table(type=["user"] * N, **{f"x{n}": [0] * N for n in range(30)}), edges)
     assert caplog.text.count("columns of the edge table that are not used: edge_attr, etype, time") == 1
     assert "not used: type, x0, x1" in caplog.text and "and 11 more" in caplog.text
+
+
+def test_ids_and_labels_under_other_names_are_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Columns that were not found are named with the option that finds them, not by what follows from their lack."""
+    nodes = pa.table({"key": list("abcdef"), "feature": [[1.0]] * N, "class": [0, 1] * 3})
+    edges = pa.table({"src": ["a", "b"], "dst": ["c", "d"]})
+    message = r"no column 'id', .* src and dst of the edge table hold strings; name .* --set id_column=.*'key'"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, nodes, edges)
+    run(tmp_path / "named", nodes, edges, id_column="key")
+    assert "the node table has no column 'label'; name yours with --set label_column=" in caplog.text
+    caplog.clear()
+    run(tmp_path / "labelled", nodes, edges, id_column="key", label_column="class")
+    assert "no node has a label" not in caplog.text
