@@ -6,8 +6,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,34 @@ def run_killed(words: list[str], kills: int, seed: int, longest_s: float) -> int
     raise AssertionError("the command did not end within 240 s")
 
 
+def run_until(words: list[str], folder: Path, changes: int) -> tuple[bool, int]:
+    """Run a command, and kill its process group once it has changed so many files of a folder; whether it ended by
+    itself, and the changes that were seen."""
+    seen: set[tuple[str, int]] = set()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, start_new_session=True, stdout=said, stderr=said)
+        before = _files(folder)
+        while process.poll() is None:
+            seen |= _files(folder) - before
+            if len(seen) >= changes:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return False, len(seen)
+            time.sleep(0.002)
+        said.seek(0)
+        assert process.returncode == 0, said.read().decode()
+    return True, len(seen)
+
+
+def _files(folder: Path) -> set[tuple[str, int]]:
+    found = set()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found.add((f"{place}/{name}", os.stat(f"{place}/{name}").st_mtime_ns))
+    return found
+
+
 @pytest.mark.slow
 def test_ten_kills_of_the_main_job_leave_the_same_packs_and_weights(
     graph: Path, tmp_path: Path, folder_bytes: FolderBytes
@@ -78,6 +108,55 @@ def test_kills_of_a_rolling_run_leave_the_weights_of_training_in_memory(graph: P
     rolling[rolling.index("24MiB")] = "200MiB"
     assert run_killed(rolling, kills=3, seed=5, longest_s=6) >= 1
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (killed, memory)]
+    assert weights[0] == weights[1]
+
+
+SHAPE = [word for word in SETTINGS if word not in ("--host-memory", "24MiB")]
+CHUNKED = ["--mode", "chunked", "--model", "gcn", "--chunks", "6", "--hidden", "16", "--layers", "2", "--quiet"]
+SCENES: dict[str, tuple[list[str], list[list[str]]]] = {
+    # one epoch, whose windows are sampled, planned and packed again wherever the budgets are others
+    "sampling": (
+        [*SHAPE, "--set", "sampler.window_items=4", "--set", "plan.mode=reuse", "--epochs", "1"],
+        [
+            ["--host-memory", host, "--disk", disk]
+            for host in ("14MiB", "24MiB", "200MiB")
+            for disk in ("80MiB", "1GiB")
+        ],
+    ),
+    "rolling": (
+        [*SHAPE, "--pack-mode", "rolling", "--set", "train.checkpoint_items=7", "--epochs", "4"],
+        [
+            ["--host-memory", host, "--disk", disk]
+            for host in ("150MiB", "200MiB", "400MiB")
+            for disk in ("60MiB", "1GiB")
+        ],
+    ),
+    "full graph": (
+        [*CHUNKED, "--set", "chunked.partition=ldg", "--set", "train.checkpoint_items=1", "--epochs", "12"],
+        [
+            ["--host-memory", host, "--disk", disk]
+            for host in ("40MiB", "60MiB", "400MiB")
+            for disk in ("200MiB", "1GiB")
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", SCENES)
+def test_kills_with_other_budgets_after_each_leave_the_same_weights(graph: Path, tmp_path: Path, scene: str) -> None:
+    """What a kill interrupts is chosen by the files that were written, not by the clock."""
+    (words, budgets), rng = SCENES[scene], random.Random(7)
+    straight, killed = (
+        command("train", graph, "--run-dir", tmp_path / name, *words) for name in ("straight", "killed")
+    )
+    _, changes = run_until([*straight, *budgets[-1]], tmp_path / "straight", 1 << 30)
+    kills = 0
+    for _ in range(4):
+        has_ended, _ = run_until([*killed, *rng.choice(budgets)], tmp_path / "killed", rng.randint(2, changes // 2))
+        kills += not has_ended
+    assert kills >= 2 and run_until([*killed, *rng.choice(budgets)], tmp_path / "killed", 1 << 30)[0]
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("straight", "killed")]
     assert weights[0] == weights[1]
 
 
