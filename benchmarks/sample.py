@@ -22,7 +22,8 @@ from penstock.sampler.seeds import item_seeds
 from penstock.storage.budget import GIB, num_threads
 from penstock.storage.generate import GenerateConfig
 from penstock.storage.graph import GraphStore
-from penstock.storage.trace import TraceMeta, encode_item, payload_bytes
+from penstock.storage.items import encode_item, payload_bytes
+from penstock.storage.trace import TraceMeta
 
 FANOUTS = (10, 15, 20)
 BATCH_SIZE = 1024

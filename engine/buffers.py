@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.engine.minibatch import Block, MiniBatch
 from penstock.storage.directio import aligned_buffer
-from penstock.storage.trace import Item, decode_item
+from penstock.storage.items import Item, decode_item
 
 _LINE = 64  # the gather streams into rows that start on a cache line
 GROWTH = 1.25  # payloads differ by a few percent, so they stop growing soon

@@ -10,14 +10,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from penstock.storage.errors import FormatError
-from penstock.storage.trace import (
-    Trace,
-    WindowIndex,
-    read_input_ids,
-    verify_whole_window,
-    window_name,
-    withdraw_window,
-)
+from penstock.storage.items import read_input_ids
+from penstock.storage.trace import Trace, WindowIndex, verify_whole_window, window_name, withdraw_window
 
 
 class Accesses:

@@ -24,7 +24,8 @@ from penstock.sampler.itemwise import make_numbering
 from penstock.sampler.numbering import Numbering
 from penstock.sampler.seeds import item_seeds
 from penstock.storage.graph import GraphStore, id_dtype
-from penstock.storage.trace import BlockArrays, TraceMeta, encode_item, payload_bytes
+from penstock.storage.items import BlockArrays, encode_item, payload_bytes
+from penstock.storage.trace import TraceMeta
 
 _GROUP_FACTOR = 4  # memory of an item under way over its payload: 2.5 with ids and local ids of its last hop, and slack
 _CHUNK = 1 << 16  # destinations drawn at a time by one thread: positions and ids stay in the cache

@@ -11,7 +11,8 @@ from penstock.kernels.sample import count_edges
 from penstock.sampler.draws import Scratch
 from penstock.storage.errors import DoesNotFit
 from penstock.storage.graph import GraphStore
-from penstock.storage.trace import BlockArrays, Item, TraceMeta
+from penstock.storage.items import BlockArrays, Item
+from penstock.storage.trace import TraceMeta
 
 _MAX_EDGES = 2**31 - 1  # local offsets of a block are int32
 

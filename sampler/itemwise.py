@@ -19,7 +19,8 @@ from penstock.sampler.items import TooLarge, check_edges, make_item, no_room
 from penstock.sampler.numbering import HashNumbering, Numbering, TableNumbering
 from penstock.sampler.seeds import item_seeds
 from penstock.storage.graph import GraphStore, id_dtype
-from penstock.storage.trace import BlockArrays, Item, TraceMeta, encode_item, payload_bytes
+from penstock.storage.items import BlockArrays, Item, encode_item, payload_bytes
+from penstock.storage.trace import TraceMeta
 
 
 class ItemSampler:

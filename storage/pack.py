@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from penstock.storage.directio import PAGE, page_up
 from penstock.storage.errors import FormatError
+from penstock.storage.items import Item, align, decode_item
 from penstock.storage.manifest import (
     Manifest,
     is_published,
@@ -50,7 +51,7 @@ from penstock.storage.manifest import (
 )
 from penstock.storage.npyfile import read_npy
 from penstock.storage.rows import RowFormat
-from penstock.storage.trace import Item, TraceMeta, align, decode_item, window_name, withdraw_window
+from penstock.storage.trace import TraceMeta, window_name, withdraw_window
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.storage.errors import DataError
-from penstock.storage.trace import BlockArrays, Item, Trace, TraceMeta, encode_item, payload_bytes, publish_trace
+from penstock.storage.items import BlockArrays, Item, encode_item, payload_bytes
+from penstock.storage.trace import Trace, TraceMeta, publish_trace
 from penstock.storage.trace_writer import TraceWindowWriter, begin_trace
 
 _WINDOW_ITEMS = 64

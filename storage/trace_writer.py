@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from penstock.storage.directio import PAGE, page_up
 from penstock.storage.errors import DataError, FormatError, full_disk_is_clear
+from penstock.storage.items import decode_item
 from penstock.storage.manifest import fsync_folder, read_json, write_json
-from penstock.storage.trace import FORMAT, VERSIONS, TraceMeta, WindowIndex, decode_item, window_name
+from penstock.storage.trace import FORMAT, VERSIONS, TraceMeta, WindowIndex, window_name
 
 _HEAD = "trace.json"
 _PADDING = bytes(PAGE)

@@ -16,19 +16,9 @@ from penstock.sampler.items import read_labels
 from penstock.storage.chunks import Chunk, ChunkStore, PartChunks
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphStore, id_dtype
+from penstock.storage.items import BlockArrays, Item, encode_item, payload_bytes
 from penstock.storage.progress import Progress, silent
-from penstock.storage.trace import (
-    BlockArrays,
-    Item,
-    Trace,
-    TraceMeta,
-    encode_item,
-    has_window,
-    is_complete,
-    open_trace,
-    payload_bytes,
-    publish_trace,
-)
+from penstock.storage.trace import Trace, TraceMeta, has_window, is_complete, open_trace, publish_trace
 from penstock.storage.trace_writer import TraceWindowWriter, begin_trace
 
 _WINDOW_ITEMS = 64  # as for sampled traces

@@ -14,8 +14,9 @@ from penstock.sampler.plan import Plan, PlanConfig, plan_packs
 from penstock.storage.budget import Budgets
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
+from penstock.storage.items import encode_item, payload_bytes
 from penstock.storage.pack import decode_extent, open_packset, read_pack_index
-from penstock.storage.trace import Trace, encode_item, payload_bytes, window_name
+from penstock.storage.trace import Trace, window_name
 
 RATES = DiskRates(read_bytes_per_s=1e9, write_bytes_per_s=1e9, random_reads_per_s=5e4)
 MakePlan = Callable[..., Plan]

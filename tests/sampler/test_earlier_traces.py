@@ -15,8 +15,9 @@ from penstock.sampler.plan import PlanConfig, plan_packs
 from penstock.storage.budget import MIB, Budgets
 from penstock.storage.errors import FormatError
 from penstock.storage.graph import GraphStore
+from penstock.storage.items import encode_item, payload_bytes
 from penstock.storage.manifest import read_json, write_json
-from penstock.storage.trace import Trace, encode_item, open_trace, payload_bytes, window_name
+from penstock.storage.trace import Trace, open_trace, window_name
 from penstock.storage.trace_writer import TraceWindowWriter
 
 RATES = DiskRates(read_bytes_per_s=1e9, write_bytes_per_s=1e9, random_reads_per_s=1e5)

@@ -5,7 +5,7 @@ from penstock.sampler.itemwise import make_numbering, sample_itemwise
 from penstock.sampler.neighbors import SampleConfig, make_trace_meta
 from penstock.sampler.numbering import HashNumbering, TableNumbering
 from penstock.storage.graph import GraphStore
-from penstock.storage.trace import decode_item
+from penstock.storage.items import decode_item
 
 
 def test_bounds_hold_for_every_item(hub_graph: GraphStore) -> None:

@@ -31,7 +31,8 @@ from penstock.sampler.seeds import item_seeds
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit
 from penstock.storage.graph import GraphStore
-from penstock.storage.trace import Item, Trace, open_trace, window_name
+from penstock.storage.items import Item
+from penstock.storage.trace import Trace, open_trace, window_name
 
 MEMORY = 64 << 20
 

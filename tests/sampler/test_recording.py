@@ -12,7 +12,8 @@ from penstock.sampler.accesses import Accesses
 from penstock.sampler.movement import Tiers, cyclic_future, settle, take_census
 from penstock.sampler.recording import Recording, Table, record
 from penstock.sampler.scratch import ItemArrays
-from penstock.storage.trace import BlockArrays, Item, TraceMeta, encode_item, payload_bytes
+from penstock.storage.items import BlockArrays, Item, encode_item, payload_bytes
+from penstock.storage.trace import TraceMeta
 from penstock.storage.trace_writer import TraceWindowWriter
 
 NUM_NODES, ROW_BYTES = 7, 8

@@ -26,8 +26,9 @@ from penstock.sampler.seeds import epoch_order
 from penstock.storage.budget import Budgets
 from penstock.storage.errors import DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore
+from penstock.storage.items import encode_item, payload_bytes
 from penstock.storage.pack import decode_extent, has_window, open_packset, read_pack_index
-from penstock.storage.trace import encode_item, payload_bytes, read_window_index, window_name
+from penstock.storage.trace import read_window_index, window_name
 
 SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
 DISK = 220_000

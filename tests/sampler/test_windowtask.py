@@ -15,8 +15,9 @@ from penstock.storage.budget import Budgets
 from penstock.storage.deal import Deal
 from penstock.storage.errors import DataError, DoesNotFit, Outgrown
 from penstock.storage.graph import GraphStore
+from penstock.storage.items import encode_item, payload_bytes
 from penstock.storage.pack import decode_extent
-from penstock.storage.trace import encode_item, payload_bytes, window_name
+from penstock.storage.trace import window_name
 
 SAMPLE = SampleConfig(fanouts=(3, 3), batch_size=16, seed=4)
 BUDGETS = Budgets(device_bytes=800, host_bytes=80_000, disk_bytes=220_000)

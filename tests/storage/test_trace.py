@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.storage.errors import DataError, FormatError
+from penstock.storage.items import BlockArrays, Item, decode_item, encode_item, payload_bytes
 from penstock.storage.manifest import read_json, write_json
 from penstock.storage.trace import (
-    BlockArrays,
-    Item,
     TraceMeta,
     TraceWindow,
-    decode_item,
-    encode_item,
     has_window,
     open_trace,
-    payload_bytes,
     publish_trace,
     read_window_index,
     verify_whole_window,
