@@ -19,7 +19,7 @@ from penstock.storage.errors import DataError
 from penstock.storage.generate import GenerateConfig, generate_graph
 from penstock.storage.graph import GraphStore
 from penstock.storage.ingest import IngestOptions, ingest_npy, ingest_ogb, ingest_parquet
-from penstock.storage.manifest import near_miss
+from penstock.storage.manifest import MANIFEST, near_miss
 from penstock.storage.remote.config import is_uri, local_copy
 from penstock.storage.remote.files import open_remote
 
@@ -94,10 +94,17 @@ def _tables(
 _CLASSES = {"string": " (strings, which infer writes)", "int64": " (numbered; infer writes them as given)"}
 
 
-def _show_graph(graph: GraphStore) -> None:
+def _written_at(store: Path) -> int | None:
+    """When a store was completed, None where it is not: its manifest is written last, and once."""
+    path = store / MANIFEST
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _show_graph(graph: GraphStore, before: int | None) -> None:
+    """Print what a store holds; `before` is when it had been completed before this command."""
     found = describe_graph(graph.path, validate=False)
     print_table(
-        str(graph.path),
+        f"{graph.path}: already done" if before == _written_at(graph.path) else str(graph.path),
         [
             ("nodes, edges", f"{found['num_nodes']:,}, {found['num_edges']:,}"),
             ("features", f"{found['num_features']} {found['feature_dtype']}, {format_bytes(found['feature_bytes'])}"),
@@ -159,6 +166,7 @@ def run_ingest(
     if uri is not None:
         open_remote(uri)  # a wrong URI is found before the work
     out = Path(out) if uri is None else local_copy(uri, "built", stage_dir)
+    before = _written_at(out)
     with progress(quiet=quiet) as show:
         if format == "parquet":
             graph = ingest_parquet(*_tables(source, nodes, edges), out, chosen, host_memory=budget, progress=show)
@@ -168,13 +176,13 @@ def run_ingest(
         if uri is not None:
             upload_store(out, uri, progress=show)
     if not quiet:
-        _show_graph(graph)
+        _show_graph(graph, before)
 
 
 def run_generate(out: Path, *, num_nodes: int, options: Iterable[str], host_memory: str, quiet: bool) -> None:
     """`penstock generate`."""
-    config = _options(GenerateConfig, options, num_nodes=num_nodes)
+    config, before = _options(GenerateConfig, options, num_nodes=num_nodes), _written_at(out)
     with progress(quiet=quiet) as show:
         graph = generate_graph(out, config, host_memory=parse_memory(host_memory), progress=show)
     if not quiet:
-        _show_graph(graph)
+        _show_graph(graph, before)

@@ -114,6 +114,16 @@ def test_every_option_is_in_the_documents() -> None:
     assert [name for name in IngestOptions.model_fields if f"`{name}`" not in docs.read_text()] == []
 
 
+def test_a_store_that_is_there_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _tables(tmp_path / "tables")
+    makers = (("ingest", str(source), str(tmp_path / "a")), ("generate", str(tmp_path / "b"), "--num-nodes", "500"))
+    for words in makers:
+        call(*words)
+        assert "already done" not in capsys.readouterr().out
+        call(*words)
+        assert "already done" in capsys.readouterr().out
+
+
 def test_options_reach_the_store(tmp_path: Path) -> None:
     folder = tmp_path / "npy"
     folder.mkdir()
