@@ -20,7 +20,7 @@ class EpochRecord:
     None before the first evaluation. `items_per_s` counts mini-batches (full graph: chunks) per second of training,
     without evaluation and checkpoints; None where the epoch was all trained before this process went on with it.
     `epoch_s` are the seconds of the whole epoch in this process, and `left_s` those that the others will take if they
-    go as these went.
+    go as these went; None as long as this process has trained none.
     """
 
     epoch: int
@@ -32,7 +32,7 @@ class EpochRecord:
     metric: str
     items_per_s: float | None
     epoch_s: float
-    left_s: float
+    left_s: float | None
 
 
 OnEpoch = Callable[[EpochRecord], object]
@@ -71,8 +71,9 @@ class EpochWatch:
     def _make(self, record: Mapping[str, Any]) -> EpochRecord:
         now_s = time.monotonic()
         epoch_s, self._began_s = now_s - self._began_s, now_s
-        self._epochs_s.append(epoch_s)
-        first_may_be_part = self._epochs_s[1:] or self._epochs_s
+        if record.get("items_per_s") is not None:  # else it was trained before, and only told again here
+            self._epochs_s.append(epoch_s)
+        known_s = self._epochs_s[1:] or self._epochs_s  # of the first there may be a part
         names = ("accuracy", "micro_f1", "macro_f1", "loss", "num_nodes")
         valid = {name: record[f"valid_{name}"] for name in names} if "valid_loss" in record else None
         epoch, epochs = int(record["epoch"]), self._config.epochs
@@ -86,5 +87,5 @@ class EpochWatch:
             metric=self._config.metric,
             items_per_s=record.get("items_per_s"),
             epoch_s=epoch_s,
-            left_s=(epochs - epoch) * fmean(first_may_be_part),
+            left_s=(epochs - epoch) * fmean(known_s) if known_s else None,
         )

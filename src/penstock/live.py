@@ -114,7 +114,7 @@ def epoch_line(record: EpochRecord, width: int | None = None) -> str:
     valid = "" if record.valid is None else f"valid {metric} {getattr(record.valid, record.metric):.4f}"
     best = "" if record.best is None else f"best {record.best:.4f} (epoch {record.best_epoch})"
     rate = "" if record.items_per_s is None else format_rate(record.items_per_s, "items")
-    left = f"{format_left(record.left_s)} left" if record.epoch < record.epochs else ""
+    left = f"{format_left(record.left_s)} left" if record.left_s is not None and record.epoch < record.epochs else ""
     places = f"epoch {record.epoch} of {record.epochs}"
     return fit_pieces([(0, places), (0, f"loss {record.loss:.4f}"), (1, valid), (2, best), (4, rate), (3, left)], width)
 

@@ -121,7 +121,8 @@ def _now_rows(value: Mapping[str, Any]) -> list[Row]:
         rows.append(("now", text + (f", {format_left(stage['left_s'])} left" if is_known else "")))
     done, asked = value["epochs"][-1]["epoch"] if value["epochs"] else 0, value["asked_epochs"]
     if value["status"] in ("running", "stopped", "cut off", "failed") and asked:
-        left = f", {format_left(now['epoch']['left_s'])} left" if now.get("epoch") else ""
+        left_s = (now.get("epoch") or {}).get("left_s")
+        left = "" if left_s is None else f", {format_left(left_s)} left"
         rows.append(("epochs", f"{done} of {asked}{left}"))
     if value["status"] != "ok" and value["epochs"] and (best := value["epochs"][-1].get("best_epoch")):
         rows.append(("best epoch", str(best)))

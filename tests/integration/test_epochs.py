@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import penstock
+from penstock.epochs import EpochWatch
+from penstock.live import epoch_line
 
 FLAGS: dict[str, Any] = {
     "budgets.host_memory": "256MiB",
@@ -55,6 +57,15 @@ def test_every_epoch_is_told_once(graph: Path, tmp_path: Path, options: dict[str
     assert all(record.items_per_s is not None and record.items_per_s > 0 for record in told)
     assert all(record.epoch_s > 0 for record in told)
     assert told[0].left_s == pytest.approx(2 * told[0].epoch_s) and told[-1].left_s == 0
+
+
+def test_an_epoch_that_was_trained_before_says_nothing_of_the_time_left() -> None:
+    told: list[penstock.EpochRecord] = []
+    watch = EpochWatch(penstock.TrainConfig(epochs=3), (told.append,))
+    watch.take({"epoch": 1, "train_loss": 1.0})
+    watch.take({"epoch": 2, "train_loss": 0.5, "items_per_s": 4.0})
+    assert told[0].left_s is None and "left" not in epoch_line(told[0])
+    assert told[1].left_s == told[1].epoch_s and "left" in epoch_line(told[1])
 
 
 @pytest.mark.slow
