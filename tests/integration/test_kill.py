@@ -91,7 +91,7 @@ def test_ten_kills_of_the_main_job_leave_the_same_packs_and_weights(
     began = time.monotonic()
     subprocess.run(train(graph, straight), check=True, timeout=240)
     took = time.monotonic() - began
-    assert run_killed(train(graph, killed), kills=10, seed=3, longest_s=took) >= 3, "too few kills came in time"
+    assert run_killed(train(graph, killed), kills=10, seed=3, longest_s=took / 2) >= 3, "too few kills came in time"
     for part in ("train/packs", "valid/packs", "test/packs"):
         packs = folder_bytes(killed / part)
         assert packs and packs == folder_bytes(straight / part)
