@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from penstock.claims import claim
 from penstock.config import DEFAULT_FANOUTS
+from penstock.disk_rates import disk_rates
 from penstock.engine.feed import open_pack_feed
 from penstock.engine.memory_feed import open_memory_feed
 from penstock.engine.minibatch import MiniBatch
 from penstock.engine.prefetch import Feed, FeedStats
 from penstock.overrides import explain
+from penstock.packed import packs_fit
 from penstock.process_memory import process_bytes
-from penstock.sampler.estimate import measure_disk
 from penstock.sampler.neighbors import Method, SampleConfig, count_items, estimate_trace_bytes, sample_trace
 from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.plan import PlanConfig, plan_packs
@@ -45,6 +46,7 @@ from penstock.storage.pack import PackMode, is_complete
 from penstock.storage.paths import AnyPath
 from penstock.storage.progress import Progress
 from penstock.storage.remote.hostlock import flocked
+from penstock.storage.trace import Trace
 from penstock.watching import Show, shown
 
 _SAMPLING_SHARE = 0.5  # of the memory; the topology itself is mapped
@@ -76,6 +78,11 @@ class FeedOrder:
     def items_per_epoch(self) -> int:
         """Mini-batches of an epoch."""
         return count_items(self.graph, self.split, self.sample.batch_size)
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Host memory that sampling may use."""
+        return int(self.budgets.host_bytes * _SAMPLING_SHARE)
 
 
 class Loader:
@@ -258,31 +265,28 @@ def _claim(order: FeedOrder) -> None:
 
 def _still_fits(order: FeedOrder) -> bool:
     """Whether complete packs that were made under other terms will do."""
-    packs, plan = order.folder / "packs", order.folder / "plan.json"
-    if order.in_memory or not (plan.is_file() and is_complete(packs)):
+    if order.in_memory or not (order.folder / "plan.json").is_file():
         return False
-    there = read_json(plan, keys=("policy", "row_dtype", "host_needed_bytes"))
-    row_dtype = order.plan.row_dtype or order.graph.meta.feature_dtype
-    return bool(
-        (there["policy"], there["row_dtype"]) == (order.plan.policy, row_dtype)
-        and there["host_needed_bytes"] <= order.budgets.host_bytes
-        and sum(file.stat().st_size for file in packs.iterdir()) <= order.budgets.disk_bytes
-    )
+    return packs_fit(order.folder, order.graph, order.plan, order.budgets)
 
 
-def _from_memory(order: FeedOrder, show: Progress) -> OpenSteps:
-    _claim(order)
-    trace = sample_trace(
+def _sample(order: FeedOrder, show: Progress) -> Trace:
+    return sample_trace(
         order.graph,
         order.folder / "trace",
         order.sample,
         split=order.split,
         shuffle=order.shuffle,
         num_epochs=order.sampled_epochs,
-        host_memory=int(order.budgets.host_bytes * _SAMPLING_SHARE),
+        host_memory=order.sampling_bytes,
         threads=order.threads,
         progress=show,
     )
+
+
+def _from_memory(order: FeedOrder, show: Progress) -> OpenSteps:
+    _claim(order)
+    trace = _sample(order, show)
 
     def open_steps(start: int, stop: int) -> Feed:
         return open_memory_feed(
@@ -313,36 +317,26 @@ def _prepare(order: FeedOrder, show: Progress) -> PackMode:
         mode: PackMode = read_json(plan_file, keys=("mode",))["mode"]
         if mode == "rolling" or is_complete(packs):
             return mode
-    memory = int(order.budgets.host_bytes * _SAMPLING_SHARE)
-    trace_bytes = estimate_trace_bytes(order.graph, order.sample, order.split, order.sampled_epochs, host_memory=memory)
+    trace_bytes = estimate_trace_bytes(
+        order.graph, order.sample, order.split, order.sampled_epochs, host_memory=order.sampling_bytes
+    )
     if order.plan.mode == "rolling" or trace_bytes > order.budgets.disk_bytes * _TRACE_SHARE:
         write_json(plan_file, {"mode": "rolling"})
         return "rolling"
-    trace = sample_trace(
-        order.graph,
-        order.folder / "trace",
-        order.sample,
-        split=order.split,
-        shuffle=order.shuffle,
-        num_epochs=order.sampled_epochs,
-        host_memory=memory,
-        threads=order.threads,
-        progress=show,
-    )
+    trace = _sample(order, show)
     plan = plan_packs(
         order.graph,
         trace,
         order.plan,
         order.budgets,
-        disk_rates=measure_disk(order.folder),
+        disk_rates=disk_rates(order.folder),
         scratch=order.folder / "plan",
         progress=show,
     )
     require_packing_memory(plan, order.budgets.host_bytes)
     write_json(plan_file, plan.summary_json())
     if plan.mode == "reuse":
-        memory = order.budgets.host_bytes
-        write_packs(plan, order.graph, trace, packs, host_memory=memory, progress=show)
+        write_packs(plan, order.graph, trace, packs, host_memory=order.budgets.host_bytes, progress=show)
     for scratch in ("trace", "plan"):
         shutil.rmtree(order.folder / scratch, ignore_errors=True)
     return plan.mode

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from penstock.claims import claim, made_of
 from penstock.config import RunConfig
 from penstock.engine.exact import require_exact_memory
 from penstock.engine.models import needs_degrees
+from penstock.packed import packs_fit, read_plan
 from penstock.remedies import with_remedy
 from penstock.run import Run, make_model
 from penstock.sampled_memory import LargestItem, PlannedSplit, forecast_sampled, largest_item
-from penstock.sampler.estimate import DiskRates, PlanSummary
+from penstock.sampler.estimate import PlanSummary
 from penstock.sampler.neighbors import SampleConfig, count_items, sample_trace
 from penstock.sampler.packer import require_packing_memory, write_packs
 from penstock.sampler.pass_layout import packing_bytes
@@ -172,10 +173,7 @@ def read_planned(run: Run, split: Split) -> PlannedSplit:
 
 def read_summary(run: Run, split: Split) -> PlanSummary:
     """The summary of a split that has been planned."""
-    names = tuple(field.name for field in fields(PlanSummary))
-    value = read_json(run.path / split / "plan.json", keys=names)
-    known = {name: value[name] for name in names}
-    return PlanSummary(**{**known, "disk_rates": DiskRates(**value["disk_rates"])})
+    return read_plan(run.path / split)
 
 
 def read_memory(run: Run, split: Split) -> dict[str, Any] | None:
@@ -227,17 +225,8 @@ def _host_share(run: Run, split: Split) -> int:
 
 def _still_fits(run: Run, split: Split) -> bool:
     """Whether complete packs of a split may be used as they are."""
-    folder, config = run.path / split, _plan_config(run, split)
-    if not is_complete(folder / "packs"):
-        return False
-    summary = read_summary(run, split)
-    row_dtype = config.row_dtype or run.graph.meta.feature_dtype
-    return (
-        (summary.policy, summary.row_dtype) == (config.policy, row_dtype)
-        and summary.host_needed_bytes <= _host_share(run, split)
-        and 4 * run.graph.meta.num_features * summary.device_slots <= run.budgets.device_bytes
-        and sum(file.stat().st_size for file in (folder / "packs").iterdir()) <= run.budgets.disk_bytes
-    )
+    budgets = replace(run.budgets, host_bytes=_host_share(run, split))
+    return packs_fit(run.path / split, run.graph, _plan_config(run, split), budgets)
 
 
 def _plan_split(run: Run, split: Split) -> tuple[Trace, Plan]:
