@@ -112,14 +112,14 @@ class MiniBatch:
 
     def expire(self) -> None:
         """Forget all tensors: their memory is about to be another batch's."""
-        for name in _HELD:
+        for name in _LENT:
             object.__delattr__(self, name)
 
     if not TYPE_CHECKING:  # a checker that sees it takes any name for one of ours
 
         def __getattr__(self, name: str) -> Any:
             """Called for what `expire` took."""
-            if name not in _HELD:
+            if name not in _LENT:
                 raise AttributeError(f"a MiniBatch has no attribute {name!r}")
             raise RuntimeError(
                 f"the feed has taken back {name} of step {self.step}: a batch is valid until the next one is asked for "
@@ -148,7 +148,7 @@ class MiniBatch:
         return to_pyg(self)
 
 
-_HELD = ("input_ids", "labels", "blocks", "features")
+_LENT = ("input_ids", "labels", "blocks", "features")
 
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -13,9 +13,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-if (
-    "torch" not in sys.modules
-):  # it is read once, when torch is loaded: see "Threads that wait sleep" in docs/decisions.md
+# torch reads it once, when it is loaded: see "Threads that wait sleep" in docs/decisions.md
+if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:  # for type checkers, which do not run `__getattr__`; a test compares the two lists

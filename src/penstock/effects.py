@@ -194,8 +194,7 @@ def _values(config: "RunConfig") -> Iterator[tuple[str, Any]]:
 
 def effective(config: "RunConfig") -> dict[str, Any]:
     """The keys that something reads in this configuration, dotted, with their values."""
-    read = {key: value for key, value in _values(config)}
-    return {key: value for key, value in read.items() if all(row.when(config) for row in EFFECTS if row.covers(key))}
+    return {key: value for key, value in _values(config) if all(row.when(config) for row in EFFECTS if row.covers(key))}
 
 
 def effective_flat(config: "RunConfig") -> dict[str, Any]:

@@ -108,12 +108,10 @@ class Run:
 
     def identity(self, **chosen: Any) -> Keys:
         """What the weights of this run depend on; `chosen` has what `auto` came to, under dotted keys."""
-        kept = (
-            None
-            if self.trained is None
-            else {key: self.trained.keys[key] for key in {SOURCE} & self.trained.keys.keys()}
-        )
-        code = code_of(self.config) if kept is None else kept
+        if self.trained is None:
+            code = code_of(self.config)
+        else:  # as the weights began with it
+            code = {key: value for key, value in self.trained.keys.items() if key == SOURCE}
         return identity_of(self.config, self.graph, {**chosen, **code})
 
     def model_facts(self) -> dict[str, Any]:
